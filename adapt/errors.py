@@ -1,0 +1,45 @@
+"""What the user did wrong, said once and completely. The CLI turns these into exit codes (design: 2 and 75)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the user's input: where (dotted config key or file), what, and what to do instead."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class UserError(Exception):
+    """The user's input is wrong (exit code 2). Carries every problem found, not just the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Problem | Iterable[Problem]):
+        if isinstance(problems, str):
+            problems = [Problem("", problems)]
+        elif isinstance(problems, Problem):
+            problems = [problems]
+        self.problems = list(problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class StopRequested(Exception):
+    """Ctrl-C, TERM or USR1: a checkpoint was saved and the run wants to go on later (exit code 75)."""
+
+    exit_code = 75
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A ' Did you mean ...?' suffix, or '' when nothing is close."""
+    import difflib
+
+    hits = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {hits[0]!r}?" if hits else ""
