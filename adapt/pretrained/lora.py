@@ -1,0 +1,79 @@
+"""LoRA through PEFT's injection: the model stays the causal LM it was, with adapters inside its linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapt.config.schema import Lora
+from adapt.errors import Problem, UserError, nearest
+
+ADAPTER = "default"
+
+
+def add_lora(model, lora: Lora):
+    """Put adapters into every linear module whose name ends in one of `lora.targets`, and freeze everything else."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from torch import nn
+
+    if lora.rank < 1:
+        raise UserError(Problem("trainable.lora.rank", f"must be at least 1; got {lora.rank}"))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ends = {name.rpartition(".")[2] for name in linear}
+    unmatched = [t for t in lora.targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    problems = [
+        Problem(
+            "trainable.lora.targets",
+            f"{t!r} matches no linear module.{nearest(t, ends)} There are: {', '.join(sorted(ends))}",
+        )
+        for t in unmatched
+    ]
+    tied = model.config.tie_word_embeddings and "lm_head" in lora.targets
+    if tied:
+        problems.append(
+            Problem("trainable.lora.targets", "lm_head is tied to the embedding here and cannot be merged back")
+        )
+    if problems or not lora.targets:
+        raise UserError(problems or [Problem("trainable.lora.targets", "is empty: nothing would train")])
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, model, ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def merge_lora(model):
+    """Fold the adapters into the weights and take them out again, in place: for export."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model
+
+
+def merge_lora_state(state: dict[str, Any], lora: Lora) -> dict[str, Any]:
+    """The same on a full (gathered, unsharded) state dict: adapter keys in, plain transformers keys out."""
+    merged = {}
+    for name, weight in state.items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name and f"{stem}.lora_A.{ADAPTER}.weight" in state:
+            a, b = (state[f"{stem}.lora_{x}.{ADAPTER}.weight"] for x in "AB")
+            update = (b.float() @ a.float()) * (lora.alpha / lora.rank)
+            weight = (weight.float() + update).to(weight.dtype)
+        merged[plain] = weight
+    return merged
