@@ -1,0 +1,115 @@
+"""Which documents were seen before: exactly, nearly, or in the held-out data."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from array import array
+from functools import cache
+
+import numpy as np
+
+from adapt.data.documents import Document
+
+PERMUTATIONS = 128
+SHINGLE = 5
+WORDS = re.compile(r"\w+")
+
+EXACT, NEAR, HELD_OUT = "exact duplicate", "near duplicate", "also in held-out data"
+
+
+def normalised(document: Document) -> str:
+    """Case, spacing and Unicode composition do not make another document."""
+    text = "\n".join(document.strings())
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Deduplicator:
+    """Memory: about 0.1 KB per document kept, and 2 KB more with near-deduplication."""
+
+    def __init__(self, exact: bool, near: float | None):
+        self.exact, self.near = exact, near
+        self.hashes = array("Q")
+        """Of the documents kept, for the training data to be compared with."""
+        self.signatures: list[np.ndarray] = []
+        self._seen: set[int] = set()
+        self._held_out: set[int] = set()
+        self._num_held_out = 0
+        if near is not None:
+            from datasketch import MinHashLSH
+
+            self._index = MinHashLSH(threshold=near, num_perm=PERMUTATIONS)
+
+    def hold_out(self, hashes: np.ndarray, signatures: np.ndarray | None) -> None:
+        """Documents of held-out data, which must not be trained on. Called before the first `reason`."""
+        if self.exact:
+            self._held_out.update(hashes.tolist())
+        if self.near is not None and signatures is not None:
+            for signature in signatures:
+                self._remember(np.asarray(signature))
+            self._num_held_out = len(self.signatures)
+
+    def reason(self, document: Document) -> str | None:
+        """Why to drop it; None: it is new, and remembered from now on."""
+        text = normalised(document)
+        key = text_hash(text)
+        if self.exact and key in self._held_out:
+            return HELD_OUT
+        if self.exact and key in self._seen:
+            return EXACT
+        if self.near is not None:
+            signature = minhash(text)
+            closest = self._closest(signature)
+            if closest is not None:
+                return HELD_OUT if closest < self._num_held_out else NEAR
+            self._remember(signature)
+        if self.exact:
+            self._seen.add(key)
+        self.hashes.append(key)
+        return None
+
+    def own_signatures(self) -> np.ndarray | None:
+        if self.near is None:
+            return None
+        own = self.signatures[self._num_held_out :]
+        return np.stack(own) if own else np.empty((0, PERMUTATIONS), np.uint32)
+
+    def _closest(self, signature: np.ndarray) -> int | None:
+        """Number of the lowest remembered document that is at least `near` similar."""
+        hits = self._index.query(_as_minhash(signature))
+        alike = [i for i in hits if np.mean(self.signatures[i] == signature) >= self.near]
+        return min(alike, default=None)
+
+    def _remember(self, signature: np.ndarray) -> None:
+        self._index.insert(len(self.signatures), _as_minhash(signature))
+        self.signatures.append(signature)
+
+
+def minhash(text: str) -> np.ndarray:
+    """[128] uint32 signature of the text's 5-word shingles; the share of equal entries estimates the Jaccard index."""
+    words = WORDS.findall(text)
+    shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+    sketch = _empty().copy()
+    pieces = [s.encode() for s in sorted(shingles)]
+    for start in range(0, len(pieces), 4096):  # bounds the (shingles x permutations) matrix of a long document
+        sketch.update_batch(pieces[start : start + 4096])
+    return np.array(sketch.hashvalues, np.uint32)
+
+
+def _as_minhash(signature: np.ndarray):
+    sketch = _empty().copy()
+    sketch.hashvalues = signature
+    return sketch
+
+
+@cache
+def _empty():
+    """Copied, because setting up the permutations anew would cost more than most documents do."""
+    from datasketch import MinHash
+
+    return MinHash(num_perm=PERMUTATIONS, scheme="affine32")  # signatures lie in the cache: the scheme must not change

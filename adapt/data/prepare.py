@@ -1,0 +1,169 @@
+"""Datasets of a recipe -> token shards in the cache: read, deduplicated, tokenised, written; or found there, finished.
+
+Only one process may write a set of shards (a lock file sees to it); a second one finds it done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapt.config.schema import Data, Dataset, Recipe
+from adapt.data.build import Options, build, check_bad_lines
+from adapt.data.cache import cache_folder
+from adapt.data.documents import Source
+from adapt.data.encode import Encoder
+from adapt.data.shards import TokenShards
+from adapt.errors import Problem, UserError
+
+FORMAT = 1
+log = logging.getLogger("adapt.data")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    train: list[TokenShards]
+    """In the order of `data.train`."""
+    eval: dict[str, TokenShards]
+    """By label, in the order of `data.eval`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every token, in order: another place or date of the same data does not matter."""
+        sets = [[s.fingerprint for s in self.train], {k: s.fingerprint for k, s in self.eval.items()}]
+        return hashlib.sha256(json.dumps(sets).encode()).hexdigest()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "train": [s.manifest for s in self.train],
+            "eval": {label: s.manifest for label, s in self.eval.items()},
+        }
+
+
+def prepare(recipe: Recipe, tokenizer: Any, *, progress: bool = True) -> Prepared:
+    """Raises UserError with what is wrong in every dataset that cannot be opened."""
+    data = recipe.data
+    held_out, training = open_sources(data)
+    encoder = Encoder(tokenizer)
+    evaluated = {}
+    for where, dataset, source in held_out:
+        options = Options(data.exact_dedup, data.near_dedup, dataset.max_tokens, data.max_bad_lines)
+        evaluated[dataset.name or source.label] = _shards(
+            where, dataset, source, encoder, options, (), data.cache, progress
+        )
+    trained = []
+    for where, dataset, source in training:
+        options = Options(data.exact_dedup, data.near_dedup, dataset.max_tokens, data.max_bad_lines)
+        against = tuple(evaluated.values()) if data.exact_dedup or data.near_dedup is not None else ()
+        trained.append(_shards(where, dataset, source, encoder, options, against, data.cache, progress))
+    return Prepared(trained, evaluated)
+
+
+Opened = list[tuple[str, Dataset, Source]]
+
+
+def open_sources(data: Data) -> tuple[Opened, Opened]:
+    """(key in the recipe, dataset, source) of the held-out and the training data; all problems at once."""
+    problems: list[Problem] = []
+    opened: dict[str, Opened] = {"eval": [], "train": []}
+    for section, datasets in (("eval", data.eval), ("train", data.train)):
+        for i, dataset in enumerate(datasets):
+            where = f"data.{section}[{i}].source"
+            try:
+                opened[section].append((where, dataset, dataset.source.build()))
+            except UserError as error:
+                problems += [Problem(p.where or where, p.what) for p in error.problems]
+    labels = [dataset.name or source.label for _, dataset, source in opened["eval"]]
+    for label in sorted({x for x in labels if labels.count(x) > 1}):
+        problems.append(Problem("data.eval", f"two entries are called {label!r}; give each a `name` of its own"))
+    if not data.train:
+        problems.append(Problem("data.train", "needs at least one entry"))
+    if problems:
+        raise UserError(problems)
+    return opened["eval"], opened["train"]
+
+
+def _shards(
+    where: str,
+    dataset: Dataset,
+    source: Source,
+    encoder: Encoder,
+    options: Options,
+    against: Iterable[TokenShards],
+    cache: str | None,
+    progress: bool,
+) -> TokenShards:
+    """The finished shards of one dataset, from the cache or built now."""
+    from adapt.config.decode import encode
+
+    label = dataset.name or source.label
+    try:
+        facts = {
+            "format": FORMAT,
+            "source": encode(dataset.source),
+            "source_fingerprint": source.fingerprint(),
+            "tokenizer": encoder.fingerprint,
+            "options": options.key(),
+            "against": [s.fingerprint for s in against],
+        }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        slug = re.sub(r"[^A-Za-z0-9.-]+", "-", label)[:60] or "data"
+        folder = cache_folder(cache) / "data" / f"{slug}-{key[:16]}"
+        with _writing(folder) as temporary:
+            if temporary is not None:
+                build(
+                    source,
+                    encoder,
+                    options,
+                    against,
+                    temporary,
+                    {"label": label, **facts, "config_fingerprint": key},
+                    progress,
+                )
+        shards = TokenShards(folder, label)
+        check_bad_lines(shards.manifest, options.max_bad_lines)
+    except UserError as error:
+        raise UserError([Problem(p.where or where, p.what) for p in error.problems]) from error
+    tokens, documents = shards.num_tokens, shards.num_documents
+    log.info("%s: %s tokens in %s documents, %s", label, f"{tokens:,d}", f"{documents:,d}", folder)
+    return shards
+
+
+@contextmanager
+def _writing(folder: Path):
+    """A temporary folder to write into, renamed to `folder` when all went well; None where that is finished."""
+    from filelock import FileLock
+
+    if folder.exists():
+        yield None
+        return
+    temporary = folder.with_name(f"{folder.name}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():  # another process wrote it while we waited
+                yield None
+                return
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process: we hold the lock
+            temporary.mkdir()
+            try:
+                yield temporary
+                os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder.parent}: preparing data failed: {error.strerror or error}; "
+            "`data.cache` or $ADAPT_CACHE chooses another folder"
+        ) from error

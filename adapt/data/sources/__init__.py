@@ -1,0 +1,1 @@
+"""Where documents come from, a file each: config -> Source (`adapt.data.documents`)."""

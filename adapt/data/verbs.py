@@ -1,0 +1,110 @@
+"""`adapt data fetch | prepare | stats`: each takes the resolved recipe and the parsed arguments -> an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from adapt.config.load import Resolved
+from adapt.config.schema import Recipe
+from adapt.data.documents import BadRecord
+from adapt.data.prepare import Prepared, open_sources, prepare
+from adapt.errors import Problem, UserError
+
+
+def fetch(resolved: Resolved, args: argparse.Namespace) -> int:
+    """Open every source and read its first document. What the Hub says is remembered for later, offline."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    problems: list[Problem] = []
+    for recipe in _different(resolved):
+        held_out, training = open_sources(recipe.data)
+        for where, dataset, source in [*training, *held_out]:
+            try:
+                fingerprint = source.fingerprint()
+                first = next((d for d in source.documents() if not isinstance(d, BadRecord)), None)
+                if first is None:
+                    raise UserError(f"{source.where}: there is no readable document in it")
+            except UserError as error:
+                problems += [Problem(p.where or where, p.what) for p in error.problems]
+                continue
+            label = dataset.name or source.label
+            console.print(
+                f"{label}: {source.where}, {source.licence or 'licence not stated'}, {fingerprint[:16]}", markup=False
+            )
+    if problems:
+        raise UserError(problems)
+    return 0
+
+
+def prepare_verb(resolved: Resolved, args: argparse.Namespace) -> int:
+    """Build the token shards (or find them finished) and say where they lie."""
+    for _, prepared in _prepared(resolved):
+        for label, shards in _labelled(prepared):
+            print(f"{label}: {shards.num_tokens:,d} tokens, {shards.num_documents:,d} documents: {shards.folder}")
+    return 0
+
+
+def stats(resolved: Resolved, args: argparse.Namespace) -> int:
+    """Print the manifest; with `args.json`, as JSON."""
+    from rich.console import Console
+
+    manifests = [(prepared.manifest, prepared) for _, prepared in _prepared(resolved)]
+    if getattr(args, "json", False):
+        print(json.dumps([manifest for manifest, _ in manifests], indent=1, ensure_ascii=False))
+        return 0
+    console = Console()
+    for manifest, prepared in manifests:
+        for table in _tables(prepared):
+            console.print(table)
+        console.print(f"fingerprint {manifest['fingerprint']}", markup=False)
+    return 0
+
+
+def _tables(prepared: Prepared) -> list[Any]:
+    from rich.table import Table
+
+    size = Table("dataset", title="Data", title_justify="left")
+    for name in ("bytes", "documents", "words", "tokens", "learned", "bytes/token"):
+        size.add_column(name, justify="right")
+    size.add_column("licence")
+    size.add_column("sha256")
+    counts = Table("dataset", "step", title="Documents in and out", title_justify="left")
+    for name in ("in", "out"):
+        counts.add_column(name, justify="right")
+    counts.add_column("dropped")
+    bad = Table("dataset", "where", "what", title="Malformed records", title_justify="left")
+    for label, shards in _labelled(prepared):
+        m = shards.manifest
+        numbers = [f"{m[k]:,d}" for k in ("bytes", "documents", "words", "tokens", "target_tokens")]
+        ratio = f"{m['bytes'] / max(1, m['target_tokens']):.2f}"
+        size.add_row(label, *numbers, ratio, m["licence"] or "not stated", shards.fingerprint[:16])
+        for step in m["steps"]:
+            dropped = ", ".join(f"{n:,d} {why}" for why, n in step["dropped"].items() if n)
+            counts.add_row(label, step["step"], f"{step['in']:,d}", f"{step['out']:,d}", dropped)
+        for record in m["bad_lines"]["listed"]:
+            bad.add_row(label, record["where"], record["what"])
+    return [size, counts, *([bad] if bad.row_count else [])]
+
+
+def _labelled(prepared: Prepared) -> list[tuple[str, Any]]:
+    return [(f"train/{s.label}", s) for s in prepared.train] + [(f"eval/{k}", s) for k, s in prepared.eval.items()]
+
+
+def _prepared(resolved: Resolved) -> list[tuple[Recipe, Prepared]]:
+    from adapt.pretrained import load_tokenizer
+
+    recipes = _different(resolved)
+    tokenizer = load_tokenizer(recipes[0])
+    return [(recipe, prepare(recipe, tokenizer)) for recipe in recipes]
+
+
+def _different(resolved: Resolved) -> list[Recipe]:
+    """One recipe per different `data` section: stages mostly share theirs."""
+    recipes: list[Recipe] = []
+    for recipe in resolved.stages:
+        if all(recipe.data != other.data for other in recipes):
+            recipes.append(recipe)
+    return recipes
