@@ -1,0 +1,72 @@
+"""One token after the other, from a cache. The yardstick of every faster sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from adapt.components import samplers
+from adapt.generation.base import Generation, OneRow, Sampler
+from adapt.generation.rows import Padded, Row, decoding, device_of, open_rows
+from adapt.generation.sampling import Sampling, propose
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArConfig(Sampling):
+    pass
+
+
+class ArSampler(OneRow):
+    def __init__(self, config: ArConfig):
+        self.config = config
+
+    def generate_batch(self, model, prompts, *, max_new_tokens, eos_ids=(), seed=0, on_event=None) -> list[Generation]:
+        everyone = open_rows(
+            model, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids, seed=seed, on_event=on_event
+        )
+        rows = [r for r in everyone if r.result is None]
+        if rows:
+            with decoding(model):
+                self._decode(model, rows)
+        return [r.result for r in everyone]
+
+    def _decode(self, model, rows: list[Row]) -> None:
+        from transformers import DynamicCache
+
+        device, forbidden = device_of(model), getattr(model.config, "mask_token_id", None)
+        padded = Padded.of(rows, device)
+        ids, positions, real = padded.ids, padded.positions, padded.real
+        cache = DynamicCache(config=model.config)  # sliding windows included
+        while True:
+            out = model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=None if bool(real.all()) else real.long(),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            uniform = None
+            if self.config.temperature > 0:
+                uniform = torch.stack([r.uniform(1) for r in rows]).to(device)
+            tokens = propose(out.logits, self.config, uniform, forbidden).tokens  # [R, 1]
+            for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+                row.forwards += 1
+                row.reveal([len(row.tokens)], [token], 0)
+                row.commit([token])
+            going = [i for i, r in enumerate(rows) if r.result is None]
+            if not going:
+                return
+            if len(going) < len(rows):
+                keep = torch.tensor(going, device=device)
+                cache.batch_select_indices(keep)
+                rows = [rows[i] for i in going]
+                tokens, positions, real = tokens[keep], positions[keep], real[keep]
+            ids, positions = tokens, positions[:, -1:] + 1
+            real = torch.cat([real, real.new_ones(len(rows), 1)], 1)
+
+
+@samplers.register("ar")
+def ar(config: ArConfig) -> Sampler:
+    return ArSampler(config)

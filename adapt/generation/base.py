@@ -1,0 +1,83 @@
+"""What a sampler is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a reader may watch. Each new token is revealed once and committed once, commits from left to
+    right."""
+
+    kind: Literal["reveal", "commit"]
+    """`reveal`: a slot was written and stays (in block diffusion in any order). `commit`: final text."""
+    positions: tuple[int, ...]
+    """Indices into the new tokens, from 0. Revealed positions behind an EOS are never committed."""
+    tokens: tuple[int, ...]
+    step: int
+    """Denoising step of the block that revealed them; 0 is the AR head."""
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    tokens: list[int]
+    """The new tokens, up to and including the first EOS."""
+    forwards: int
+    """Forward passes this row took part in, prefill and commits included."""
+    reveal_order: list[tuple[int, int]]
+    """(index into `tokens`, denoising step within its block) in the order of revelation; step 0 is the AR
+    head."""
+    stopped_by: Literal["eos", "length", "context"]
+    """`context`: the model has no positions left."""
+    seconds: float
+    """Wall time until this row was finished."""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return len(self.tokens) / self.forwards if self.forwards else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+
+class Sampler(Protocol):
+    """Built by `registry entry(config)`; holds settings only, so one sampler serves any model."""
+
+    def generate(
+        self,
+        model: nn.Module,
+        input_ids: Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        seed: int = 0,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Generation:
+        """Continue one prompt, [T] ids."""
+
+    def generate_batch(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int] | Tensor],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        seed: int = 0,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[Generation]:
+        """Continue prompts of any lengths together. Row i decodes as it would alone with `seed + i`."""
+
+
+class OneRow:
+    """`generate` as a batch of one."""
+
+    def generate(self, model, input_ids, **options) -> Generation:
+        return self.generate_batch(model, [input_ids], **options)[0]
