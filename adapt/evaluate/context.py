@@ -1,0 +1,66 @@
+"""What a suite may use: the models, the held-out rows of this rank, sums over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adapt.data.batch import Batch
+from adapt.evaluate.bytes import byte_lengths
+from adapt.objectives.base import Facts
+
+
+class Suite(Protocol):
+    """Built by `registry entry(config)`."""
+
+    def __call__(self, context: EvalContext) -> dict[str, float]:
+        """Metric name -> value, the same on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContext:
+    call: Callable[..., Any]
+    """`call(fn, *args)` runs `fn(models, *args)` in the root module, where sharded weights are whole, without
+    gradients. Collective: every rank calls equally often."""
+    tokenizer: Any
+    eval_sets: Mapping[str, Callable[[], Iterator[Batch]]]
+    """Dataset label -> a fresh pass over this rank's share of the held-out rows; on every rank equally many batches,
+    with rows of padding where it has fewer, so that the models may be called for each."""
+    reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
+    """Sums of this rank -> sums over all ranks, in float64. Collective."""
+    facts: Facts
+    block_size: int | None = None
+    """Target block size of the objective or the model; null where there is none."""
+    device: torch.device | str = "cpu"
+    seed: int = 0
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(self.eval_sets)
+
+    def batches(self, label: str) -> Iterator[Batch]:
+        return self.eval_sets[label]()
+
+    @cached_property
+    def byte_lengths(self) -> Tensor:
+        """[V] bytes of text each token stands for (0 for special tokens)."""
+        return byte_lengths(self.tokenizer)
+
+    def num_bytes(self, batch: Batch) -> int:
+        """Bytes of the scored tokens."""
+        return int(self.byte_lengths[batch.labels[batch.labels != -100]].sum())
+
+    def gather(self, value: list[Any]) -> list[Any]:
+        """The lists of all ranks, one after the other. Collective."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return value
+        lists: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, value)
+        return [item for part in lists for item in part]

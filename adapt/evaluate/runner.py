@@ -1,0 +1,59 @@
+"""Run suites in order; show what they found."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from adapt.components import SuiteChoice
+from adapt.evaluate.context import EvalContext
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+log = logging.getLogger("adapt.evaluate")
+
+
+def evaluate(choices: Iterable[SuiteChoice], context: EvalContext) -> dict[str, float]:
+    """All metrics of the suites, in their order. Collective."""
+    results: dict[str, float] = {}
+    for choice in choices:
+        started = time.perf_counter()
+        found = choice.build()(context)
+        log.debug("suite %s: %d metrics in %.1f s", choice.name, len(found), time.perf_counter() - started)
+        results |= found
+    return results
+
+
+def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """A row per metric: before, after, change in percent. Without `before`, one column of values."""
+    from rich.table import Table
+
+    table = Table(title="held-out results", title_justify="left")
+    table.add_column("metric", overflow="fold")
+    columns = ("before", "after", "change") if before else ("value",)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for metric in [*after, *(m for m in before if m not in after)]:
+        values = [before.get(metric), after.get(metric)] if before else [after[metric]]
+        cells = ["–" if v is None else f"{v:.4g}" for v in values]
+        if before:
+            cells.append(change(*values))
+        table.add_row(metric, *cells)
+    return table
+
+
+def change(before: float | None, after: float | None) -> str:
+    """`-12.3 %`, or nothing where that has no meaning."""
+    if not before or after is None or not math.isfinite(before + after):
+        return ""
+    return f"{100 * (after - before) / abs(before):+.1f} %"
+
+
+def print_results(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    from rich.console import Console
+
+    Console().print(results_table(before, after))

@@ -1,0 +1,44 @@
+"""Autoregressive bits per byte of held-out text: survives a change of tokenizer.
+
+    bpb/<dataset>      nats of all scored tokens / ln 2 / bytes of their text
+    ar_loss/<dataset>  nats per scored token
+
+Document ends are scored too (their nats count, their 0 bytes do not): knowing where a text stops is part of
+knowing the text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from adapt.components import suites
+from adapt.evaluate.context import EvalContext, Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class BpbConfig:
+    pass
+
+
+@suites.register("bpb")
+def bpb(config: BpbConfig) -> Suite:
+    return measure
+
+
+def measure(context: EvalContext) -> dict[str, float]:
+    from adapt.objectives.next_token import NextToken
+
+    objective = NextToken(context.facts)
+    results = {}
+    for label in context.datasets:
+        sums = {"nats": 0.0, "tokens": 0.0, "bytes": 0.0}
+        for batch in context.batches(label):
+            prepared = objective.prepare(batch, seed=context.seed, step=0).to(context.device)
+            sums["nats"] += sum(float(s) for s in context.call(objective, prepared.inputs).values())
+            sums["tokens"] += sum(term.count for term in prepared.terms.values())
+            sums["bytes"] += context.num_bytes(batch)
+        sums = context.reduce(sums)
+        results[f"bpb/{label}"] = sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
+        results[f"ar_loss/{label}"] = sums["nats"] / sums["tokens"] if sums["tokens"] else math.nan
+    return results

@@ -1,0 +1,181 @@
+"""Export: stock architecture, the dtype asked for, proven by loading it back with plain transformers.
+
+Order: cast a copy -> write it into a hidden folder beside the target -> load that folder as any user would -> compare
+weights (bit for bit) and logits -> model card -> rename. Whatever fails before the rename leaves no folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from adapt.config.schema import Recipe
+from adapt.errors import Problem, UserError
+from adapt.export.verify import compare, reload
+from adapt.pretrained.cache import new_folder
+from adapt.pretrained.provenance import EXPORT_FILE
+from adapt.pretrained.quiet import quiet
+
+MARKER = EXPORT_FILE
+"""Says that a folder is our export (so that a new one may replace it), and how it was made."""
+
+
+def export_folder(
+    model,
+    tokenizer,
+    out: Path,
+    *,
+    recipe: Recipe,
+    resolved_yaml: str,
+    results: dict[str, Any],
+    provenance: dict[str, Any],
+    manifest: dict[str, Any] | None = None,
+    extra_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write `model` (a plain transformers causal LM on the CPU, adapters merged) as the folder `out`.
+
+    results: `{"before": {metric: value}, "after": {metric: value}}`, either may be missing.
+    manifest: the data's: `{"train": [...], "eval": {label: ...}}`, one entry per dataset (adapt.data.prepare).
+    provenance: `base` (adapt.pretrained.base_provenance), `data` (where there is no manifest: datasets like its own,
+        each with its `use`), and anything else worth keeping (`run`, `environment`); all of it goes into `adapt.json`,
+        and what the card knows into the card.
+    extra_config: what generation needs (`block_size`, `threshold`, `mask_token_id`, `shift`, `context_mask`), for both
+        config.json and generation_config.json.
+    """
+    from safetensors import SafetensorError
+
+    from adapt.export.model_card import model_card
+
+    out = Path(out)
+    _refuse_foreign(out)
+    if manifest is not None:
+        provenance = {**provenance, "data": _datasets(manifest)}
+    extra_config = dict(extra_config or {})
+    stock = stock_copy(model, recipe.export.dtype, extra_config)
+    if len(tokenizer) > stock.config.vocab_size:
+        raise UserError(
+            Problem(
+                "tokenizer.path",
+                f"{len(tokenizer)} tokens, but the model has {stock.config.vocab_size} embedding rows",
+            )
+        )
+    try:
+        with new_folder(out.with_name(f"{out.name}.new")) as folder:
+            with quiet():
+                stock.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            _tidy(folder, extra_config)
+            check = compare(reload(folder, recipe.export.dtype), stock, trained=model, tokenizer=tokenizer)
+            record = {
+                "export": {"target": recipe.export.target, **check},
+                "results": results,
+                **provenance,
+                "generation": extra_config,
+            }
+            (folder / MARKER).write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+            (folder / "recipe.yaml").write_text(resolved_yaml)
+            card = model_card(
+                recipe=recipe,
+                resolved_yaml=resolved_yaml,
+                results=results,
+                provenance=provenance,
+                config=stock.config,
+                extra=extra_config,
+                check=check,
+                chat=tokenizer.chat_template is not None,
+            )
+            (folder / "README.md").write_text(card)
+            _forget_place(folder)
+    except (OSError, SafetensorError) as error:  # safetensors has its own exception for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(Problem("export", f"{out} cannot be written: {reason}; nothing was left behind")) from error
+    _swap(out.with_name(f"{out.name}.new"), out)
+    return out
+
+
+def _datasets(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    held_out = [{"name": label, **entry} for label, entry in manifest.get("eval", {}).items()]
+    return [{**e, "use": "train"} for e in manifest.get("train", [])] + [{**e, "use": "eval"} for e in held_out]
+
+
+def stock_copy(model, dtype: str, extra_config: dict[str, Any]):
+    """The same weights in `dtype`, in a fresh module of the stock class with a clean config; shares what needs no
+    cast. (`model.to(dtype)` would round the RoPE frequencies, which loading keeps in float32.)"""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "quantization_config", "dtype")
+    }
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    for key, value in extra_config.items():
+        setattr(config, key, value)
+    torch_dtype = getattr(torch, dtype)
+    config.dtype = torch_dtype
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation="sdpa")
+    state = {k: v.detach().to(torch_dtype) for k, v in model.state_dict().items()}
+    missing, unexpected = stock.load_state_dict(state, strict=False, assign=True)
+    stock.tie_weights()
+    if wrong := [*unexpected, *(k for k in missing if dict(stock.named_parameters())[k].is_meta)]:
+        names = ", ".join(wrong[:5])
+        raise RuntimeError(f"not a plain {type(stock).__name__}: {names} (adapters that were not merged?)")
+    theirs = dict(model.named_buffers())
+    for name, buffer in list(stock.named_buffers()):
+        if buffer.is_meta:  # RoPE frequencies: not part of the state dict
+            owner, _, leaf = name.rpartition(".")
+            setattr(stock.get_submodule(owner), leaf, theirs[name].detach().clone())
+    if model.generation_config is not None:
+        stock.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
+    return stock.eval()
+
+
+def _tidy(folder: Path, extra_config: dict[str, Any]) -> None:
+    """Generation fields into generation_config.json, and no leftovers of training in config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in (
+        "_name_or_path",
+        "_attn_implementation",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+    ):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+    generation = {k: v for k, v in generation.items() if k != "_from_model_config"} | extra_config
+    mask = extra_config.get("mask_token_id")
+    if mask is not None:  # plain sampling must never draw it
+        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), mask})
+    path.write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _forget_place(folder: Path) -> None:
+    """tokenizer_config.json remembers where it was loaded from; nobody else has that folder."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        fields = json.loads(path.read_text())
+        for key in ("name_or_path", "is_local", "local_files_only", "tokenizer_file"):
+            fields.pop(key, None)
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(Problem("export", f"{out} exists and is not an export of adapt; give another folder"))
+
+
+def _swap(new: Path, out: Path) -> None:
+    """`new` takes the place of `out`: two renames, so that a complete export is there at any time but between them."""
+    if not out.exists():
+        os.replace(new, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    os.replace(out, old)
+    os.replace(new, out)
+    shutil.rmtree(old, ignore_errors=True)

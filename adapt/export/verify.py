@@ -1,0 +1,73 @@
+"""Is the exported folder the trained model? Loaded as a stranger would, compared in the dtype it was written in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adapt.pretrained.quiet import quiet
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. In 1969, three people flew to the moon; two of them walked on it.\n"
+    "def add(a, b):\n    return a + b\n"
+)
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
+"""Largest logit difference allowed between the folder and the model it was made of, relative to the largest logit. The
+weights are equal bit for bit; what remains is the order of summation, which may depend on memory alignment: about one
+unit in the last place."""
+
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+"""Largest relative distance (2-norm) between the logits of the trained model and of the export. Casting weights to
+bfloat16 (3 digits) moves the logits of a deep model by a few percent; a lost adapter or a wrong RoPE by far more."""
+
+
+def reload(folder: Path, dtype: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).eval()
+
+
+def compare(reloaded, stock, *, trained, tokenizer) -> dict[str, Any]:
+    """Raises RuntimeError unless all three agree; returns what was measured. `stock`: the cast copy written."""
+    import torch
+
+    dtype = str(stock.dtype).removeprefix("torch.")
+    theirs, ours = reloaded.state_dict(), stock.state_dict()
+    if theirs.keys() != ours.keys():
+        raise RuntimeError(f"the export loads with other weights: {', '.join(sorted(theirs.keys() ^ ours.keys())[:5])}")
+    if wrong := [name for name, weight in ours.items() if not torch.equal(weight, theirs[name])]:
+        raise RuntimeError(f"the export changed {len(wrong)} weights, the first is {wrong[0]}")
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : stock.config.max_position_embeddings]
+    with torch.inference_mode():
+        reference = _logits(trained, ids)
+        written, again = _logits(stock, ids), _logits(reloaded, ids)
+    off = float((again - written).abs().max() / written.abs().max())
+    drift = float((written - reference).norm() / reference.norm())
+    agree = float((written.argmax(-1) == reference.argmax(-1)).float().mean())
+    if not off <= TOLERANCE[dtype]:
+        raise RuntimeError(f"the export's logits differ by {off:.1e} of the largest (tolerance {TOLERANCE[dtype]:.0e})")
+    if not drift <= ROUNDING[dtype]:
+        raise RuntimeError(
+            f"the export is not the trained model: its logits are {drift:.1%} away, where rounding to {dtype} explains "
+            f"{ROUNDING[dtype]:.1%}"
+        )
+    return {"dtype": dtype, "reload_difference": off, "rounding_difference": drift, "same_top_token": agree}
+
+
+def _logits(model, ids):
+    """[B, T, V] fp32, with stock causal attention, whatever the model was trained with."""
+    attention, training = model.config._attn_implementation, model.training
+    try:
+        model.eval()
+        if attention != "sdpa":
+            model.set_attn_implementation("sdpa")
+        return model(ids.to(model.device), use_cache=False).logits.float().cpu()
+    finally:
+        if attention != "sdpa":
+            model.set_attn_implementation(attention)
+        model.train(training)

@@ -1,0 +1,3 @@
+from adapt.report.page import build
+
+__all__ = ["build"]
