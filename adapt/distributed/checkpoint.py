@@ -1,0 +1,163 @@
+"""A run's own checkpoints: torch.distributed.checkpoint, whole or not there at all, loadable on any number of ranks.
+
+A checkpoint is a folder `step-N` with the sharded tensors and `state.json` (the numbers). It is written under another
+name and renamed when complete on all ranks. Only tensors go through DCP, so nothing in it needs unpickling but DCP's
+own index, which is read through an allow-list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from adapt.distributed.world import World
+from adapt.errors import UserError
+
+STATE = "state.json"
+
+
+def save(
+    folder: Path,
+    step: int,
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    world: World,
+) -> Path:
+    """Write `folder/step-<step>` from all ranks. Raises UserError (disk full, read-only) with the old ones intact."""
+    final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
+    error = ""
+    if world.main:
+        shutil.rmtree(partial, ignore_errors=True)
+    world.barrier()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        dcp.save(_tensors(root, optimizer), checkpoint_id=str(partial), no_dist=not world.grouped)
+        if world.main:
+            _write(partial / STATE, json.dumps(state, indent=1))
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:
+        error = str(failure)
+    if world.sum([int(bool(error))])[0]:
+        if world.main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error or 'another rank failed'}\n"
+            f"The checkpoints before it are intact. Make room (or point run.dir elsewhere) and go on with --resume."
+        )
+    if world.main:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    world.barrier()
+    return final
+
+
+def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Fill model and optimizer from a checkpoint of any world size."""
+    tensors = _tensors(root, optimizer)
+    reader = _Reader(str(path))
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    except (
+        dcp.api.CheckpointException,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read: {error}\nDelete that folder to resume from the one before it."
+        ) from None
+    if optimizer is not None:
+        whole = get_optimizer_state_dict(root, optimizer)
+        for name, entries in whole["state"].items():
+            for key in entries:
+                entries[key] = tensors[f"optimizer/{name}/{key}"]
+        set_optimizer_state_dict(root, optimizer, whole)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} has no readable {STATE} ({error}); delete that folder and resume") from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def prune(folder: Path, keep: int, protect: set[str]) -> None:
+    """Delete all but the newest `keep`, the protected ones (best) and, always, the newest."""
+    for path in checkpoints(folder)[: -max(1, keep)]:
+        if path.name not in protect:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _tensors(root: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Flat name -> tensor. A tied parameter appears once; frozen teachers are not part of a run's state."""
+    tensors = {f"model/{n}": p.detach() for n, p in root.named_parameters() if not n.startswith("teacher.")}
+    tensors |= {f"buffer/{n}": b for n, b in root.student.named_buffers() if n in root.student.state_dict()}
+    if optimizer is not None:
+        for name, entries in get_optimizer_state_dict(root, optimizer)["state"].items():
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in entries.items()}
+    return tensors
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("builtins", "getattr"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+}
+_ALLOWED_MODULES = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "torch.distributed.checkpoint._extension",
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format)
+        if dtype or (module, name) in _ALLOWED or (module in _ALLOWED_MODULES and "." not in name):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which has no place in a checkpoint")
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader unpickles its index without restriction; this one admits DCP's own types only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with (self.path / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = dcp.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

@@ -1,0 +1,252 @@
+"""The run folder: all of one run, in one place. Only rank 0 writes; the others may read."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from adapt.config import Resolved, encode, resolve
+from adapt.config.text import read_yaml
+from adapt.console import printable
+from adapt.errors import Problem, UserError
+
+CONFIG, ENVIRONMENT, METRICS, LOG = "config.yaml", "environment.json", "metrics.jsonl", "log.txt"
+
+MAY_CHANGE = (
+    "run.dir",
+    "data.cache",
+    "trainer.steps",
+    "trainer.tokens",
+    "trainer.max_time",
+    "trainer.mesh",
+    "trainer.devices",
+    "trainer.microbatch",
+    "trainer.non_finite",
+    "trainer.max_non_finite",
+    "logging",
+    "checkpoint",
+    "evaluation",
+    "generation",
+    "export",
+)
+"""What a resumed run may do differently: how far, on what machines, what is kept and shown, and where folders live.
+Everything else would make it another run."""
+
+
+class RunFolder:
+    def __init__(self, path: Path, *, main: bool = True, resumed: bool = False):
+        self.path, self.main, self.resumed = path, main, resumed
+
+    @classmethod
+    def create(cls, resolved: Resolved, resume: str = "no", *, main: bool = True) -> RunFolder:
+        """The folder of a run about to start (`no`), to go on (`yes`), or either (`auto`)."""
+        path = Path(resolved.recipe.run.dir) / resolved.recipe.run.name
+        if not main:
+            return cls(path, main=False, resumed=resume != "no" and any((path / "checkpoints").glob("step-*")))
+        exists = (path / CONFIG).is_file()
+        if resume == "no" and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "holds a run already" if exists else "exists already, and it is not a run"
+            go_on = "go on with it (--resume), " if exists else ""
+            raise UserError(Problem("run.name", f"{path} {what}: {go_on}choose another run.name, or delete it"))
+        if resume == "yes" and not exists:
+            raise UserError(
+                Problem(
+                    "--resume",
+                    f"there is no run in {path} to go on with; start it without --resume, or use "
+                    f"--resume=auto to do either",
+                )
+            )
+        folder = cls(path, resumed=exists)
+        before = folder.resolved() if exists else None
+        changed = _changes(before, resolved) if before else []
+        refused = [Problem(key, f"was {old}, is now {new}") for key, old, new in changed if not _may_change(key)]
+        if refused:
+            raise UserError(
+                [
+                    *refused,
+                    Problem(
+                        "",
+                        f"a resumed run ({path}) cannot change these; set them back, or start a new "
+                        f"run under another run.name",
+                    ),
+                ]
+            )
+        folder._make(resolved, changed)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """An existing run, to read."""
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} is not a run folder: it has no {CONFIG}")
+        return cls(path, main=False, resumed=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def resolved(self) -> Resolved:
+        """The recipe this run was last started with."""
+        file = self.path / CONFIG
+        try:
+            return resolve(read_yaml(file.read_text(encoding="utf-8")))
+        except UserError as error:
+            raise UserError(
+                [Problem(f"{file}: {p.where}" if p.where else str(file), p.what) for p in error.problems]
+            ) from None
+        except Exception as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+
+    def write_config(self, resolved: Resolved) -> None:
+        self._write(CONFIG, resolved.to_yaml())
+
+    def write_json(self, name: str, data: Any) -> None:
+        self._write(name, json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def log(self, line: str) -> None:
+        """A time-stamped line in log.txt."""
+        if self.main:
+            with open(self.path / LOG, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
+
+    def _make(self, resolved: Resolved, changed: list[tuple[str, str, str]]) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.write_config(resolved)
+            before = self._environment()
+            now = environment(resolved.recipe.run.seed)
+            past = [*before.get("before", []), {k: v for k, v in before.items() if k != "before"}] if before else []
+            self.write_json(ENVIRONMENT, {"id": before.get("id", uuid.uuid4().hex[:12]), **now, "before": past})
+            self.log(f"{'resumed' if self.resumed else 'started'}: {now['command']}")
+            for key, old, new in changed:
+                self.log(f"changed: {key} from {old} to {new}")
+        except OSError as error:
+            raise UserError(Problem("run.dir", f"{self.path} cannot be written: {error.strerror}")) from None
+
+    def _environment(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / ENVIRONMENT).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        if not self.main:
+            return
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / name)
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Where and how this process runs."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["adapt", *sys.argv[1:]]),
+        "seed": seed,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git": _git(Path(__file__).parent),
+        "hardware": _hardware(),
+    }
+
+
+PACKAGES = ("adapt-lm", "torch", "lightning", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the code that runs, if it runs from a checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "--error-unmatch", Path(__file__).name):  # some other repository around us
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    import psutil
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        return found[1].strip() if found else platform.processor()
+    except OSError:
+        return platform.processor()
+
+
+def _may_change(key: str) -> bool:
+    key = re.sub(r"^stages\[\d+\]\.", "", key)
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def _changes(before: Resolved, after: Resolved) -> list[tuple[str, str, str]]:
+    """(dotted key, old, new) of everything that differs, by stage; a key that differs alike in all of them once."""
+    if before.names != after.names:
+        return [("stages", ", ".join(before.names), ", ".join(after.names))]
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for index, (old, new) in enumerate(zip(before.stages, after.stages, strict=True)):
+        for difference in _differences(encode(old), encode(new), ""):
+            found.setdefault(difference, []).append(index)
+    return [
+        (key if len(indices) == len(after.stages) else f"stages[{index}].{key}", old, new)
+        for (key, old, new), indices in found.items()
+        for index in (indices[:1] if len(indices) == len(after.stages) else indices)
+    ]
+
+
+def _differences(old: Any, new: Any, where: str):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{where}[{index}]")
+    elif old != new:
+        yield where, _short(old), _short(new)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 120 else f"{text[:117]}..."

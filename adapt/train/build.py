@@ -1,0 +1,118 @@
+"""From a recipe to the things a stage trains: tokenizer, student (converted, with adapters), teacher, sharded root."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import torch
+from torch import nn
+
+from adapt.config.schema import Recipe, Trainable
+from adapt.conversion.base import apply_conversions
+from adapt.distributed.shard import make_mesh, shard
+from adapt.distributed.world import World
+from adapt.errors import Problem, UserError
+from adapt.models import attention
+from adapt.objectives.base import Facts
+from adapt.pretrained import load_model
+from adapt.pretrained.lora import add_lora
+from adapt.train.root import Root
+
+
+def build_student(recipe: Recipe, tokenizer) -> nn.Module:
+    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one."""
+    model = load_model(recipe)
+    apply_conversions(recipe, model, tokenizer)
+    if recipe.trainable.lora is not None:
+        model = add_lora(model, recipe.trainable.lora)
+    return attention.use(model)
+
+
+def build_root(recipe: Recipe, student: nn.Module, world: World) -> Root:
+    """On the device, checkpointed, compiled and sharded as the recipe says."""
+    trainer = recipe.trainer
+    if trainer.activation_checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    student.config.use_cache = False
+    if trainer.compile:
+        for layer in student.get_decoder().layers:
+            layer.compile()
+    root = Root(student.to(world.device))
+    if world.grouped:
+        shard(root, [student], make_mesh(world, trainer.mesh), compute_dtype(recipe, world))
+    return root.train()
+
+
+def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
+    """`auto` is bf16 where the GPU has it; a CPU computes in fp32 (bf16 is many times slower there)."""
+    wanted = recipe.trainer.precision
+    if wanted == "auto":
+        wanted = "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "bf16" and not world.grouped:
+        raise UserError(
+            Problem(
+                "trainer.precision",
+                "bf16 compute over fp32 weights needs a GPU or several processes; on one CPU process use fp32 "
+                "(bf16 is many times slower there anyway)",
+            )
+        )
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def set_trainable(root: Root, trainable: Trainable) -> int:
+    """Freeze and thaw by name pattern; adapters train whenever there are any. Returns the number that trains.
+
+    Raises UserError for a pattern that matches nothing: a silent no-op is a week lost.
+    """
+    names = [n for n, _ in root.student.named_parameters()]
+    problems = [
+        Problem(f"trainable.{key}", f"pattern {pattern!r} matches no parameter; names look like {names[0]!r}")
+        for key in ("include", "exclude")
+        for pattern in getattr(trainable, key)
+        if not fnmatch.filter(names, pattern)
+    ]
+    if problems:
+        raise UserError(problems)
+    total = 0
+    for name, parameter in root.student.named_parameters():
+        wanted = any(fnmatch.fnmatch(name, p) for p in trainable.include)
+        wanted = wanted and not any(fnmatch.fnmatch(name, p) for p in trainable.exclude)
+        if trainable.lora is not None:
+            wanted = wanted and "lora_" in name
+        parameter.requires_grad_(wanted)
+        total += parameter.numel() if wanted else 0
+    if total == 0:
+        raise UserError(Problem("trainable", "nothing is left to train; widen include or narrow exclude"))
+    return total
+
+
+def facts_of(recipe: Recipe, model: nn.Module) -> Facts:
+    return Facts(
+        mask_token_id=getattr(model.config, "mask_token_id", None),
+        attention=recipe.model.attention,
+    )
+
+
+def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Module | None:
+    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective."""
+    import copy
+
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    from adapt.pretrained.lora import merge_lora
+
+    if world.grouped:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(root, options=options)
+        weights = {n.removeprefix("student."): w for n, w in weights.items() if n.startswith("student.")}
+        if not world.main:
+            return None
+        model = build_student(recipe, copy.deepcopy(tokenizer))
+        model.load_state_dict(weights)
+    else:
+        model = copy.deepcopy(root.student).cpu()
+    model = merge_lora(model) if recipe.trainable.lora is not None else model
+    model.activation_checkpointing_disable()
+    model.config.use_cache = True
+    model.set_attn_implementation("sdpa")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,75 @@
+"""What the user came for: a run's model as a Hugging Face folder, and its samples on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapt.config import Resolved
+from adapt.distributed import checkpoint
+from adapt.distributed.world import World
+from adapt.errors import UserError
+from adapt.runfolder import RunFolder
+from adapt.train.build import build_root, build_student, facts_of, whole_student
+from adapt.train.state import State
+
+
+def export(folder: RunFolder, resolved: Resolved, model, tokenizer, results, fields: dict[str, Any], to: Path) -> Path:
+    """The Hugging Face folder of a finished run."""
+    import json
+
+    from adapt.export.folder import export_folder
+    from adapt.pretrained import base_provenance
+
+    manifest = folder.path / "data.json"
+    data = json.loads(manifest.read_text()) if manifest.is_file() else {"train": [], "eval": {}}
+    return export_folder(
+        model,
+        tokenizer,
+        to,
+        recipe=resolved.recipe,
+        resolved_yaml=resolved.to_yaml(),
+        results=results,
+        provenance={"base": base_provenance(resolved.recipe.model)},
+        manifest=data,
+        extra_config=fields,
+    )
+
+
+def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
+    """`adapt export RUN --to DIR`: the newest checkpoint of a run as a Hugging Face folder."""
+    from dataclasses import replace
+
+    from adapt.pretrained import load_tokenizer
+
+    folder = RunFolder.open(Path(run_dir))
+    resolved = folder.resolved()
+    saved = checkpoint.checkpoints(folder.checkpoints)
+    if not saved:
+        raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
+    recipe = resolved.stages[-1]
+    if dtype is not None:
+        recipe = replace(recipe, export=replace(recipe.export, dtype=dtype))
+        resolved = Resolved((recipe,), resolved.names[-1:], resolved.plain)
+    tokenizer = load_tokenizer(recipe)
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    student = build_student(recipe, tokenizer)
+    facts = facts_of(recipe, student)
+    root = build_root(recipe, student, world)
+    state = State.from_dict(checkpoint.read_state(saved[-1]))
+    checkpoint.load(saved[-1], root, None)
+    model = whole_student(recipe, tokenizer, root, world)
+    fields = recipe.objective.build(facts).export_fields()
+    print(export(folder, resolved, model, tokenizer, state.results, fields, Path(to)))
+    return 0
+
+
+def show_samples(console, samples: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    for item in samples:
+        title = f"{item['sampler']} · {item['tokens_per_forward']:.2f} tokens per forward"
+        console.print(Panel(f"[bold]{escape(item['prompt'])}[/bold]{escape(item['text'])}", title=escape(title)))

@@ -1,0 +1,370 @@
+"""`adapt fit`: one run from recipe to export. Stages are its only notion of training; a stage is one Lightning fit."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from adapt.config import Resolved
+from adapt.config.schema import Recipe
+from adapt.distributed import checkpoint
+from adapt.distributed import world as worlds
+from adapt.distributed.world import World
+from adapt.errors import StopRequested, UserError
+from adapt.runfolder import RunFolder
+from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
+from adapt.train.deliver import export, show_samples
+from adapt.train.hooks import Hooks
+from adapt.train.probe import dry_run, leak_probe
+from adapt.train.root import look
+from adapt.train.signals import StopFlag
+from adapt.train.state import State
+
+
+def fit(resolved: Resolved, resume: str = "no") -> int:
+    """Train, evaluate, export and report. Returns the exit code 0; raises UserError (2) or StopRequested (75)."""
+    from adapt.train.validate import check_or_raise
+
+    check_or_raise(resolved)
+    _quiet()
+    world = worlds.start(resolved.recipe.trainer.devices)
+    try:
+        folder = RunFolder.create(resolved, resume, main=world.main)
+        world.barrier()
+        with StopFlag() as flag:
+            _Run(resolved, folder, world, flag).go()
+    finally:
+        worlds.stop()
+    return 0
+
+
+class _Run:
+    """The objects of one run that live across its stages."""
+
+    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag):
+        from adapt.pretrained import load_tokenizer
+
+        self.resolved, self.folder, self.world, self.flag = resolved, folder, world, flag
+        recipe = resolved.recipe
+        self.tokenizer = load_tokenizer(recipe)
+        self.data = self._prepare(recipe)
+        student = build_student(recipe, self.tokenizer)
+        self.facts = facts_of(recipe, student)
+        self.root = build_root(recipe, student, world)
+        self.state = State()
+        saved = checkpoint.checkpoints(folder.checkpoints)
+        self.resume_from = saved[-1] if folder.resumed and saved else None
+        if self.resume_from:
+            self.state = State.from_dict(checkpoint.read_state(self.resume_from))
+        self.loggers: list[Any] = []
+        if world.main:
+            from adapt.train.loggers import build_loggers
+
+            self.loggers = build_loggers(recipe, folder.path, self.state.step if folder.resumed else 0)
+
+    def _prepare(self, recipe: Recipe):
+        """Rank 0 prepares the shards, the others find them ready."""
+        from adapt.data.prepare import prepare
+
+        data = prepare(recipe, self.tokenizer, progress=True) if self.world.main else None
+        self.world.barrier()
+        data = data or prepare(recipe, self.tokenizer, progress=False)
+        if self.world.main:
+            self.folder.write_json("data.json", data.manifest)
+        return data
+
+    def go(self) -> None:
+        leak_probe(self.root, self.facts.attention, self.root.student.config.vocab_size, self.world)
+        stages = self.resolved.stages
+        if self.resume_from and self.state.stage >= len(stages):
+            self._say(f"all {len(stages)} stage(s) were done before; exporting again")
+            checkpoint.load(self.resume_from, self.root, None)
+        hooks = None
+        while self.state.stage < len(stages):
+            hooks = self._stage(stages[self.state.stage], hooks.optimizer if hooks else None)
+        self._finish(stages[-1])
+
+    def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None) -> Hooks:
+        import lightning.pytorch as L
+
+        from adapt.data.rows import Rows
+        from adapt.data.stream import TrainStream
+        from adapt.train.module import Stage
+        from adapt.train.progress import Progress
+
+        state, world = self.state, self.world
+        trainable = set_trainable(self.root, recipe.trainable)
+        objective = recipe.objective.build(self.facts)
+        self.root.student.config.update(objective.export_fields())  # what samplers need to know
+        optimizer = recipe.optimizer.build(self.root.student)
+        if recipe.optimizer_state == "keep" and before is not None:
+            moments = before.state_dict()["state"]  # the groups (lr, decay) are this stage's own
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.resume_from:
+            checkpoint.load(self.resume_from, self.root, optimizer)
+        if recipe.data != self.resolved.recipe.data:
+            self.data = self._prepare(recipe)
+        rows = [Rows(shards, recipe.data.seq_len, recipe.run.seed) for shards in self.data.train]
+        stream = TrainStream(rows, [d.weight for d in recipe.data.train], recipe.run.seed)
+        self._same_data(stream.fingerprint)
+        total = total_steps(recipe)
+        rows_per_step = self._rows_per_step(recipe)
+        progress = None
+        if world.main:
+            progress = Progress(
+                total_steps=total,
+                start_step=state.stage_step,
+                tokens_per_step=recipe.trainer.batch_tokens,
+                offset=state.step - state.stage_step,
+            )
+        hooks = Hooks(
+            recipe=recipe,
+            folder=self.folder,
+            state=state,
+            world=world,
+            flag=self.flag,
+            root=self.root,
+            optimizer=optimizer,
+            measure=lambda: self._measure(recipe, objective),
+            loggers=self.loggers,
+            progress=progress,
+        )
+        if self.resume_from:
+            hooks.saved_step = state.step
+        microbatch = self._rehearse(recipe, objective, stream, rows_per_step, total, trainable, progress)
+        if state.stage == 0 and state.step == 0 and "before" not in state.results:
+            state.results["before"] = hooks.evaluate()
+        self.resume_from = None
+        module = Stage(
+            root=self.root,
+            objective=objective,
+            optimizer=optimizer,
+            multiplier=recipe.schedule.build(),
+            stream=stream,
+            recipe=recipe,
+            state=state,
+            world=world,
+            microbatch=microbatch,
+            total_steps=total,
+            flag=self.flag,
+            hooks=hooks,
+        )
+        if state.stage_step < total:
+            trainer = L.Trainer(
+                **_lightning_world(world),
+                max_epochs=1,
+                max_steps=-1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+                plugins=[],
+            )
+            trainer.fit(module)
+        if progress:
+            progress.finish()
+        if hooks.ended_by_rule:
+            hooks.note(f"stopped early: {hooks.ended_by_rule}")
+        elif state.stage_step < total:
+            hooks.save()
+            reason = self.flag.reason or "another rank was asked to stop"
+            raise StopRequested(
+                f"stopped on request ({reason}) after step {state.step}; checkpoint saved. Go on with --resume."
+            )
+        if state.stage == len(self.resolved.stages) - 1:
+            state.results["after"] = hooks.evaluate()
+        state.stage, state.stage_step, state.skipped, state.minima, state.data = state.stage + 1, 0, 0, {}, ""
+        hooks.saved_step = -1
+        hooks.save()
+        return hooks
+
+    def _same_data(self, fingerprint: str) -> None:
+        if self.state.data not in ("", fingerprint):
+            raise UserError(
+                f"the training data changed since this run's checkpoint (fingerprint {self.state.data} -> "
+                f"{fingerprint}), so the run cannot go on exactly. Restore the data, or start a new run "
+                f"(another run.name) from the export of this one."
+            )
+        self.state.data = fingerprint
+
+    def _rows_per_step(self, recipe: Recipe) -> int:
+        rows, extra = divmod(recipe.trainer.batch_tokens, recipe.data.seq_len)
+        if extra or rows % self.world.size:
+            step = recipe.data.seq_len * self.world.size
+            better = max(1, round(recipe.trainer.batch_tokens / step)) * step
+            raise UserError(
+                f"trainer.batch_tokens={recipe.trainer.batch_tokens:,} is not a multiple of {self.world.size} rank(s) "
+                f"x {recipe.data.seq_len:,} tokens a row; try {better:,}"
+            )
+        return rows
+
+    def _rehearse(self, recipe, objective, stream, rows_per_step, total, trainable, progress) -> int:
+        """The dry run, and the header that says what is about to happen and how long it should take."""
+        world = self.world
+        first = stream.step_batch(0, rows_per_step, world.rank, world.size)
+        wanted = recipe.trainer.microbatch
+        size, took = dry_run(self.root, objective, first, microbatch=wanted, seed=recipe.run.seed, world=world)
+        if progress:
+            steps = total - self.state.stage_step
+            estimate = steps * took * first.num_rows / size
+            progress.header(
+                {
+                    "run": str(self.folder.path),
+                    "stage": f"{self.resolved.names[self.state.stage]} ({self.state.stage + 1} of "
+                    f"{len(self.resolved.stages)})",
+                    "model": f"{recipe.model.base}, {trainable:,} trainable parameters",
+                    "objective": recipe.objective.name,
+                    "compute": f"{world.size} x {world.device.type}, {compute_dtype(recipe, world)}, "
+                    f"microbatch {size} of {first.num_rows} row(s)"
+                    + (" (chosen by trainer.microbatch=auto)" if wanted == "auto" else ""),
+                    "steps": f"{steps} of {recipe.trainer.batch_tokens:,} tokens, "
+                    f"{stream_tokens(self.data):,} training tokens at hand",
+                    "estimate": f"at most about {_duration(estimate)} of training",
+                }
+            )
+        return size
+
+    def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
+        from functools import partial
+
+        from adapt.data.stream import eval_batches
+        from adapt.evaluate.context import EvalContext
+        from adapt.evaluate.runner import evaluate
+
+        world = self.world
+        sets = {
+            label: partial(
+                eval_batches, shards, recipe.data.seq_len, 4, recipe.evaluation.limit, world.rank, world.size
+            )
+            for label, shards in self.data.eval.items()
+        }
+
+        def reduce(values: dict[str, float]) -> dict[str, float]:
+            return dict(zip(values, world.sum([float(v) for v in values.values()]), strict=True))
+
+        context = EvalContext(
+            call=partial(look, self.root),
+            tokenizer=self.tokenizer,
+            eval_sets=sets,
+            reduce=reduce,
+            facts=self.facts,
+            block_size=objective.export_fields().get("block_size"),
+            device=world.device,
+            seed=recipe.run.seed,
+        )
+        return evaluate(recipe.evaluation.suites, context)
+
+    def _finish(self, recipe: Recipe) -> None:
+        """Samples, export, report: what the user came for."""
+        if recipe.evaluation.best and self.state.best_step is not None:
+            self._take_best()
+        samples = self._samples(recipe)
+        fields = recipe.objective.build(self.facts).export_fields()
+        model = whole_student(recipe, self.tokenizer, self.root, self.world)
+        if self.world.main:
+            from rich.console import Console
+
+            from adapt.evaluate.runner import results_table
+            from adapt.report import build
+
+            export(
+                self.folder,
+                self.resolved,
+                model,
+                self.tokenizer,
+                self.state.results,
+                fields,
+                self.folder.export,
+            )
+            self.folder.write_json("samples.json", samples)
+            for logger in self.loggers:
+                logger.finalize("success")
+            console = Console()
+            if self.state.results.get("after"):
+                console.print(results_table(self.state.results.get("before", {}), self.state.results["after"]))
+            show_samples(console, samples)
+            report = build(self.folder.path, [], None)
+            console.print(f"trained {self.state.step} steps in {_duration(self.state.seconds)}")
+            console.print(f"report:         {report}", soft_wrap=True)
+            console.print(f"exported model: {self.folder.export}", soft_wrap=True)
+        self.world.barrier()
+
+    def _take_best(self) -> None:
+        path = self.folder.checkpoints / f"step-{self.state.best_step}"
+        if path.is_dir():
+            checkpoint.load(path, self.root, None)
+            self._say(f"exporting the best checkpoint, {path.name}")
+
+    def _samples(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Every prompt through every sampler, on all ranks alike (the model may be sharded)."""
+        from adapt.train.samples import sample
+
+        self.root.eval()
+        self.root.student.config.use_cache = True
+        found = []
+        for prompt in recipe.generation.prompts:
+            for choice in recipe.generation.samplers:
+
+                def decode(models, prompt=prompt, choice=choice):
+                    return sample(models.student, self.tokenizer, prompt, choice, recipe.generation.max_new_tokens)
+
+                found.append(look(self.root, decode))
+        return found
+
+    def _say(self, text: str) -> None:
+        if self.world.main:
+            self.folder.log(text)
+            print(text)
+
+
+def total_steps(recipe: Recipe) -> int:
+    if recipe.trainer.steps is not None:
+        return recipe.trainer.steps
+    return -(-recipe.trainer.tokens // recipe.trainer.batch_tokens)
+
+
+def stream_tokens(data) -> int:
+    return sum(shards.num_tokens for shards in data.train)
+
+
+def _lightning_world(world: World) -> dict[str, Any]:
+    """The processes exist already (world.py), so Lightning finds them as it finds torchrun's."""
+    kind = "gpu" if world.device.type == "cuda" else "cpu"
+    if not world.grouped:
+        return {"accelerator": kind, "devices": 1}
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
+    strategy.cluster_environment = TorchElasticEnvironment()
+    return {
+        "accelerator": kind,
+        "devices": world.local_size,
+        "num_nodes": world.size // world.local_size,
+        "strategy": strategy,
+    }
+
+
+def _duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+def _quiet() -> None:
+    """Lightning's advice on loaders and devices is not for our users, nor are transformers' bars of loaded tensors."""
+    import lightning.pytorch  # noqa: F401  (sets its log level on import, so it comes first)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("adapt").setLevel(logging.INFO)

@@ -1,0 +1,179 @@
+"""What happens around steps: evaluation, best and stop rules, checkpoints, the time limit, the non-finite policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapt.config.schema import Recipe
+from adapt.distributed import checkpoint
+from adapt.distributed.world import World
+from adapt.errors import Problem, UserError
+from adapt.runfolder import RunFolder
+from adapt.train.progress import Progress
+from adapt.train.signals import StopFlag
+from adapt.train.state import State
+
+
+class Hooks:
+    """Bound to one stage of one run; the Lightning module calls it, and `fit` at the start and the end."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        folder: RunFolder,
+        state: State,
+        world: World,
+        flag: StopFlag,
+        root: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        measure: Callable[[], dict[str, float]],
+        loggers: list[Any],
+        progress: Progress | None,
+    ):
+        self.recipe, self.folder, self.state, self.world, self.flag = recipe, folder, state, world, flag
+        self.root, self.optimizer, self.measure = root, optimizer, measure
+        self.loggers, self.progress = loggers, progress
+        self.deadline = time.monotonic() + seconds(recipe.trainer.max_time) if recipe.trainer.max_time else math.inf
+        self.saved_step = -1
+        self.ended_by_rule = ""
+
+    def log(self, values: dict[str, float]) -> None:
+        if not self.world.main:
+            return
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.state.step)
+        if self.progress:
+            self.progress.update(self.state.step, values)
+
+    def note(self, text: str) -> None:
+        if self.world.main:
+            self.folder.log(text)
+            if self.progress:
+                self.progress.note(text)
+
+    def after_step(self, stage: Any) -> None:
+        recipe, state = self.recipe, self.state
+        if time.monotonic() > self.deadline and not self.flag.reason:
+            self.flag.reason = f"trainer.max_time={recipe.trainer.max_time}"
+        last = state.stage_step >= stage.total_steps
+        if recipe.evaluation.every and state.stage_step % recipe.evaluation.every == 0 and not last:
+            self.evaluate()
+            if self.ended_by_rule:
+                stage.trainer.should_stop = True
+        if recipe.checkpoint.every and state.stage_step % recipe.checkpoint.every == 0 and not last:
+            self.save()
+
+    def evaluate(self) -> dict[str, float]:
+        """Run the suites, log them, keep the best, apply the stop rules. Collective."""
+        if not self.recipe.evaluation.suites:
+            return {}
+        self.root.eval()
+        results = self.measure()
+        self.root.train()
+        if self.world.main:
+            for logger in self.loggers:
+                values = {f"eval/{k}": v for k, v in results.items()} | {"stage": self.state.stage}
+                logger.log_metrics(values, step=self.state.step)
+        self.note(f"evaluation at step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+        self._keep_best(results)
+        self._apply_rules(results)
+        return results
+
+    def _keep_best(self, results: dict[str, float]) -> None:
+        metric = self.recipe.evaluation.best
+        if metric is None:
+            return
+        self._require("evaluation.best", metric, results)
+        if self.state.best is None or results[metric] < self.state.best:
+            self.state.best, self.state.best_step = results[metric], self.state.step
+            if self.state.step > 0:
+                self.save()
+
+    def _apply_rules(self, results: dict[str, float]) -> None:
+        for rule in self.recipe.evaluation.stop:
+            self._require("evaluation.stop", rule.metric, results)
+            value = results[rule.metric]
+            lowest, since = self.state.minima.get(rule.metric, [math.inf, -1])
+            self.state.minima[rule.metric] = [value, 0] if value < lowest else [lowest, since + 1]
+            because = (
+                f"above {rule.above}"
+                if rule.above is not None and value > rule.above
+                else f"below {rule.below}"
+                if rule.below is not None and value < rule.below
+                else f"no new minimum for {rule.patience} evaluations"
+                if rule.patience is not None and self.state.minima[rule.metric][1] >= rule.patience
+                else ""
+            )
+            if because:
+                self.ended_by_rule = f"{rule.metric} is {value:.4g}: {because}"
+
+    def _require(self, key: str, metric: str, results: dict[str, float]) -> None:
+        if metric not in results:
+            raise UserError(
+                Problem(key, f"no suite measures {metric!r}; this run measures {', '.join(sorted(results))}")
+            )
+
+    def save(self) -> None:
+        """Checkpoint this step (once), then prune. Collective."""
+        if self.saved_step == self.state.step:
+            return
+        started = time.perf_counter()
+        path = checkpoint.save(
+            self.folder.checkpoints,
+            self.state.step,
+            self.root,
+            self.optimizer,
+            self.state.to_dict(),
+            self.world,
+        )
+        self.saved_step = self.state.step
+        if self.world.main:
+            best = {f"step-{self.state.best_step}"} if self.state.best_step is not None else set()
+            checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, best)
+        self.note(f"checkpoint {path.name} saved in {time.perf_counter() - started:.1f} s")
+
+    def non_finite(self, stage: Any, result: Any) -> bool:
+        """Apply `trainer.non_finite`. The weights have not been touched. Returns whether the run was rewound."""
+        policy, state = self.recipe.trainer.non_finite, self.state
+        bad = [n for n, s in result.sums.items() if not math.isfinite(float(s))]
+        what = f"loss term {', '.join(bad)}" if bad else "gradient"
+        where = f"step {state.step}: the {what} is not finite (gradient norm {float(result.grad_norm)})"
+        state.non_finite += 1
+        if policy == "stop" or state.non_finite > self.recipe.trainer.max_non_finite:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            gave_up = "" if policy == "stop" else f" for the {state.non_finite}th time (trainer.max_non_finite)"
+            raise UserError(
+                f"{where}{gave_up}. The update was not made and the state before it is saved. Lower optimizer.lr or "
+                f"trainer.clip, look at the data of this step, or set trainer.non_finite=skip and --resume."
+            )
+        if policy == "skip":
+            self.note(f"{where}: update skipped ({state.non_finite} so far)")
+            return False
+        saved = checkpoint.checkpoints(self.folder.checkpoints)
+        if not saved:
+            raise UserError(f"{where}, and there is no checkpoint to rewind to; set checkpoint.every")
+        before = State.from_dict(checkpoint.read_state(saved[-1]))
+        if before.stage != state.stage:
+            raise UserError(f"{where}, and the last checkpoint is of the stage before; set checkpoint.every")
+        checkpoint.load(saved[-1], self.root, self.optimizer)
+        skip = state.stage_step - before.stage_step + 1
+        state.skipped += skip
+        state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens
+        self.note(f"{where}: rewound to {saved[-1].name}, leaving out {skip} steps of data")
+        return True
+
+
+def seconds(text: str) -> float:
+    """`HH:MM:SS` or `DD:HH:MM:SS` -> seconds."""
+    parts = [int(p) for p in text.split(":")]
+    days, rest = (parts[0], parts[1:]) if len(parts) == 4 else (0, parts)
+    hours, minutes, secs = rest
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + secs

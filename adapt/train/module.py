@@ -1,0 +1,125 @@
+"""The Lightning side of a stage: a thin adapter without formulas. The step is step.py's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from adapt.config.schema import Recipe
+from adapt.data.stream import TrainStream
+from adapt.distributed.world import World
+from adapt.objectives.base import Objective
+from adapt.train.signals import StopFlag
+from adapt.train.state import State
+from adapt.train.step import gradients, loss_values
+
+
+class Stage(L.LightningModule):
+    """Trains one stage from `state.stage_step` to `total_steps`, or until it is asked to stop."""
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        *,
+        root: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        multiplier: Callable[[int, int], float],
+        stream: TrainStream,
+        recipe: Recipe,
+        state: State,
+        world: World,
+        microbatch: int,
+        total_steps: int,
+        flag: StopFlag,
+        hooks: Any,
+    ):
+        super().__init__()
+        self.__dict__["root"] = root  # not a submodule: Lightning moves its modules to the CPU when a fit ends, and a
+        # sharded module that moves gets new parameters, which its optimizer does not know
+        self.objective, self.stream, self.recipe, self.state, self.world = (
+            objective,
+            stream,
+            recipe,
+            state,
+            world,
+        )
+        self.microbatch, self.total_steps, self.flag, self.hooks = microbatch, total_steps, flag, hooks
+        self.multiplier, self.ready_optimizer = multiplier, optimizer
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.rows_per_step = recipe.trainer.batch_tokens // recipe.data.seq_len
+        self.since = (time.perf_counter(), state.tokens)
+
+    def configure_model(self) -> None:
+        """The root arrives built and sharded: evaluation and export need it outside of a fit, too."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.ready_optimizer
+
+    def train_dataloader(self) -> Iterable[int]:
+        """Steps find their rows themselves; how many there are is decided in training_step (a rewind adds some)."""
+        return repeat(0)
+
+    def on_train_start(self) -> None:
+        self.flag.install()
+
+    def training_step(self, _: int, index: int) -> None:
+        state, started = self.state, time.perf_counter()
+        step = state.stage_step
+        optimizer = self.optimizers()
+        factor = self.multiplier(step, self.total_steps)
+        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        batch = self.stream.step_batch(step + state.skipped, self.rows_per_step, self.world.rank, self.world.size)
+        result = gradients(
+            self.root,
+            self.objective,
+            batch,
+            microbatch=self.microbatch,
+            seed=self.recipe.run.seed,
+            step=step,
+            world=self.world,
+            clip=self.recipe.trainer.clip,
+            backward=self.manual_backward,
+            stop=bool(self.flag.reason),
+        )
+        rewound = False
+        if result.finite:
+            optimizer.step()
+        else:
+            rewound = self.hooks.non_finite(self, result)
+        optimizer.zero_grad(set_to_none=True)
+        if not rewound:
+            state.stage_step, state.step = step + 1, state.step + 1
+            state.tokens += self.rows_per_step * self.recipe.data.seq_len
+        state.seconds += time.perf_counter() - started
+        if (state.step % self.recipe.logging.every == 0 or state.stage_step == self.total_steps) and not rewound:
+            self._log(result, optimizer.param_groups[0]["lr"])
+        if not rewound:
+            self.hooks.after_step(self)
+        if result.stop or state.stage_step >= self.total_steps:
+            self.trainer.should_stop = True
+
+    def _log(self, result: Any, lr: float) -> None:
+        names = list(result.sums)
+        sums = dict(zip(names, self.world.sum([float(result.sums[n]) for n in names]), strict=True))
+        now, (then, tokens) = time.perf_counter(), self.since
+        self.since = (now, self.state.tokens)
+        values = {
+            "stage": self.state.stage,
+            "tokens": self.state.tokens,
+            **loss_values(result, sums),
+            "lr": lr,
+            "grad_norm": float(result.grad_norm),
+            "tokens_per_s": (self.state.tokens - tokens) / max(1e-9, now - then),
+            **result.info,
+            "time": time.time(),
+        }
+        self.hooks.log(values)

@@ -1,0 +1,105 @@
+"""Checks before the first step: packed documents do not see each other, and the largest batch fits."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapt.data.batch import Batch
+from adapt.distributed.world import World
+from adapt.errors import Problem, UserError
+from adapt.models import attention
+from adapt.models.layout import Layout
+from adapt.objectives.base import Models, Objective
+from adapt.train.root import Root, look
+from adapt.train.step import gradients
+
+
+def leak_probe(root: Root, backend: str, vocab: int, world: World) -> float:
+    """Change document 0 of a packed row and look at document 1's hidden states: the largest change, which must be 0.
+
+    Runs the model at hand with the attention at hand, so a family that ignores the layout is found here.
+    """
+    length, cut = 24, 11
+    doc = (torch.arange(length) >= cut).long()[None].expand(2, -1)
+    pos = torch.cat([torch.arange(cut), torch.arange(length - cut)])[None].expand(2, -1)
+    ids = (torch.arange(length) * 7 + 3)[None].repeat(2, 1) % vocab
+    ids[1, :cut] = (ids[1, :cut] + 11) % vocab
+    layout = Layout.noisy_then_clean(doc, pos, pos // 4)
+
+    def run(models: Models, *inputs: Any):
+        return attention.hidden_states(models.student, *inputs, backend)
+
+    moved = (x.to(world.device) for x in (torch.cat([ids, ids], 1), torch.cat([pos, pos], 1), layout))
+    training = root.training
+    root.eval()
+    hidden = look(root, run, *moved).float()
+    root.train(training)
+    seen = (torch.arange(length) >= cut).repeat(2)
+    change = (hidden[0] - hidden[1]).abs().amax(-1).cpu()
+    leak, alive = float(change[seen].max()), float(change[~seen].min())
+    if leak > 1e-3 * float(hidden.abs().max()) or alive == 0.0:
+        raise UserError(
+            Problem(
+                "model.base",
+                f"packed documents see each other in this model (a change in one moved the next one's hidden states by "
+                f"{leak:.2e}); its attention does not honour the layout, so training on packed rows would be wrong",
+            )
+        )
+    return leak
+
+
+def dry_run(
+    root: nn.Module, objective: Objective, batch: Batch, *, microbatch: int | str, seed: int, world: World
+) -> tuple[int, float]:
+    """Forward and backward of the largest microbatch the run will see. Returns (microbatch, seconds it took).
+
+    `auto` starts from all rows of this rank (on CPUs from what the free memory should hold) and halves until it fits.
+    """
+    rows = batch.num_rows
+    size = min(rows, microbatch) if isinstance(microbatch, int) else min(rows, _guess(root, batch, world))
+    while True:
+        started = time.perf_counter()
+        try:
+            gradients(
+                root,
+                objective,
+                batch.rows(0, size),
+                microbatch=size,
+                seed=seed,
+                step=objective.largest_step(),
+                world=world,
+                clip=None,
+            )
+            failed = False
+        except torch.OutOfMemoryError:
+            failed = True
+        root.zero_grad(set_to_none=True)
+        if not world.sum([int(failed)])[0]:
+            return size, time.perf_counter() - started
+        torch.cuda.empty_cache()
+        if size == 1 or microbatch != "auto":
+            raise UserError(
+                Problem(
+                    "trainer.microbatch",
+                    f"{size} row(s) of {batch.input_ids.shape[1]} tokens do not fit into this device's memory; "
+                    "lower trainer.microbatch or data.seq_len, set trainer.activation_checkpointing=true, or use more "
+                    "ranks",
+                )
+            )
+        size = max(1, size // 2)
+
+
+def _guess(root: nn.Module, batch: Batch, world: World) -> int:
+    """Rows whose activations should fit into 40 % of a CPU machine's free memory; on GPUs trying decides."""
+    if world.device.type == "cuda":
+        return batch.num_rows
+    import psutil
+
+    config = root.student.config
+    floats = config.num_hidden_layers * (22 * config.hidden_size + 5 * config.intermediate_size)
+    per_row = 2 * batch.input_ids.shape[1] * floats * 4  # two streams, fp32
+    return max(1, int(0.4 * psutil.virtual_memory().available / world.local_size / per_row))

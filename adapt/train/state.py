@@ -1,0 +1,41 @@
+"""Where a run stands: plain numbers, the same on all ranks, saved with every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class State:
+    stage: int = 0
+    """Index of the stage being trained."""
+    stage_step: int = 0
+    """Optimizer steps done in it."""
+    step: int = 0
+    """Optimizer steps done in the run."""
+    tokens: int = 0
+    """Clean training tokens seen."""
+    skipped: int = 0
+    """Steps of data left out after a rewind: step s of a stage reads the data of s + skipped."""
+    non_finite: int = 0
+    """Updates that were skipped or rewound."""
+    seconds: float = 0.0
+    """Time spent training, over all attempts."""
+    best: float | None = None
+    """Lowest value so far of `evaluation.best`."""
+    best_step: int | None = None
+    """Its step."""
+    minima: dict[str, list[float]] = field(default_factory=dict)
+    """Stop rules: metric -> [lowest value so far, evaluations since]."""
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`before` and `after`: evaluation results."""
+    data: str = ""
+    """Fingerprint of the stage's data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> State:
+        return State(**values)

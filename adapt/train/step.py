@@ -1,0 +1,87 @@
+"""One optimizer step, read straight down: batch, counts over all ranks, forward and backward of every microbatch with
+one divisor known in advance, clip, update. No formula of any objective is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapt.data.batch import Batch
+from adapt.data.noise import generator
+from adapt.distributed.world import World
+from adapt.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    sums: dict[str, Tensor]
+    """Term -> sum over this rank's targets (device scalar)."""
+    counts: dict[str, int]
+    """Term -> targets over all ranks and microbatches."""
+    weights: dict[str, float]
+    grad_norm: Tensor
+    """Global norm before clipping (device scalar)."""
+    finite: bool
+    info: dict[str, float]
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+def gradients(
+    root: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    *,
+    microbatch: int,
+    seed: int,
+    step: int,
+    world: World,
+    clip: float | None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    stop: bool = False,
+) -> StepResult:
+    """Leave the clipped gradients of one step in the parameters. `batch` is this rank's share of the step."""
+    rows = range(0, batch.num_rows, microbatch)
+    prepared = [objective.prepare(batch.rows(i, i + microbatch), seed=seed, step=step) for i in rows]
+    names = list(prepared[0].terms)
+    local = [sum(p.terms[n].count for p in prepared) for n in names]
+    *counts, stopping = world.sum([*local, int(stop)])
+    totals = dict(zip(names, counts, strict=True))
+    weights = {n: prepared[0].terms[n].weight for n in names}
+
+    torch.manual_seed(int(generator(seed, 1, step, world.rank).integers(2**62)))  # dropout: nothing to save
+    sums = {n: torch.zeros((), device=world.device) for n in names}
+    for index, item in enumerate(prepared):
+        if hasattr(root, "set_requires_gradient_sync"):
+            root.set_requires_gradient_sync(index == len(prepared) - 1)
+        terms = root(objective, item.to(world.device).inputs)
+        loss = sum(weights[n] / max(1, totals[n]) * terms[n] for n in names)
+        backward(loss * world.size)  # FSDP averages over ranks; the divisor is already global
+        for n in names:
+            sums[n] += terms[n].detach().to(sums[n].dtype)
+    norm = clip_gradients(root, clip)
+    info = {k: sum(p.info[k] for p in prepared) / len(prepared) for k in prepared[0].info}
+    return StepResult(sums, totals, weights, norm, bool(torch.isfinite(norm)), info, bool(stopping))
+
+
+def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:
+    """Global gradient norm over all ranks; gradients are scaled down to `limit` where they exceed it."""
+    parameters = [p for p in root.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def loss_values(result: StepResult, sums: dict[str, float]) -> dict[str, float]:
+    """Logged values from sums over all ranks: `loss` and `loss/<term>` (each a mean over its count)."""
+    means = {n: sums[n] / max(1, result.counts[n]) for n in sums}
+    return {
+        "loss": sum(result.weights[n] * means[n] for n in means),
+        **{f"loss/{n}": v for n, v in means.items()},
+    }
