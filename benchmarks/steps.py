@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py lce                   # linear + cross-entropy, 2048 x 576 -> 49152
     python benchmarks/steps.py diffusion -L 1024     # block-diffusion step, b = 32
-    python benchmarks/steps.py ar                    # AR step, 4 x 512: ours, bare loop, Hugging Face Trainer
+    python benchmarks/steps.py ar                    # AR training, 4 x 512: adapt fit, bare loop, Hugging Face Trainer
 
 Each arm runs in a process of its own, the arms take turns, and the table gives medians and ratios. Weights are random
 (SmolLM2-135M shapes): a step's cost does not depend on them.
@@ -11,6 +11,7 @@ Each arm runs in a process of its own, the arms take turns, and the table gives 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 ARMS = {
     "lce": ["ours", "naive"],
     "diffusion": ["ours", "plain", "ours_ar", "ours_ckpt", "plain_ckpt"],
-    "ar": ["ours", "bare", "hf_trainer", "ours_ckpt"],
+    "ar": ["bare", "fit", "hf_trainer", "fit_ckpt"],
 }
 
 
@@ -54,16 +55,17 @@ def main() -> None:
                 sys.exit(f"{arm} failed:\n{out.stderr[-3000:]}")
             results[arm].append(json.loads(lines[-1][7:]))
             print(arm, results[arm][-1], file=sys.stderr, flush=True)
-    print(f"| {args.case} | seconds per step (median, min-max) | x {arms[0]} | beyond state, MiB | x {arms[0]} |")
-    print("|---|---|---|---|---|")
-    base = {k: statistics.median(r[k] for r in results[arms[0]]) for k in ("seconds", "beyond")}
+    print(f"| {args.case} | s per step (median, min-max) | x {arms[0]} | peak, MiB | x | beyond state, MiB | x |")
+    print("|---|---|---|---|---|---|---|")
+    base = {k: statistics.median(r[k] for r in results[arms[0]]) for k in ("seconds", "peak", "beyond")}
     for arm in arms:
         times = [r["seconds"] for r in results[arm]]
-        beyond = statistics.median(r["beyond"] for r in results[arm])
-        median = statistics.median(times)
+        median = {k: statistics.median(r[k] for r in results[arm]) for k in base}
         print(
-            f"| {arm} | {median:.2f} ({min(times):.2f}-{max(times):.2f}) | {median / base['seconds']:.2f} "
-            f"| {beyond / 2**20:.0f} | {beyond / base['beyond']:.2f} |"
+            f"| {arm} | {median['seconds']:.2f} ({min(times):.2f}-{max(times):.2f}) "
+            f"| {median['seconds'] / base['seconds']:.2f} | {median['peak'] / 2**20:.0f} "
+            f"| {median['peak'] / base['peak']:.2f} | {median['beyond'] / 2**20:.0f} "
+            f"| {median['beyond'] / base['beyond']:.2f} |"
         )
 
 
@@ -79,6 +81,8 @@ def resident() -> int:
 def run(case: str, arm: str, args: argparse.Namespace) -> dict[str, float]:
     if case == "lce":
         return run_lce(arm)
+    if arm.startswith("fit"):
+        return adapt_fit(args.layers, args.steps, checkpointing=arm.endswith("_ckpt"))
     import torch
 
     torch.manual_seed(0)
@@ -93,7 +97,6 @@ def run(case: str, arm: str, args: argparse.Namespace) -> dict[str, float]:
         ("diffusion", "ours"): ours_diffusion,
         ("diffusion", "plain"): plain_diffusion,
         ("diffusion", "ours_ar"): ours_next_token,
-        ("ar", "ours"): ours_next_token,
         ("ar", "bare"): bare_next_token,
     }[case, arm.removesuffix("_ckpt")](model, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -226,6 +229,67 @@ def bare_next_token(model, batch):
         (linear_cross_entropy(hidden, model.lm_head.weight, target) / len(target)).backward()
 
     return step
+
+
+def adapt_fit(layers: int, steps: int, *, checkpointing: bool) -> dict[str, float]:
+    """`adapt fit` itself, from the same weights in a folder, on documents packed into 4 x 512; timed step by step."""
+    import contextlib
+    import random
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from adapt.config import resolve
+    from adapt.train import fit, hooks
+
+    folder = Path(tempfile.mkdtemp())
+    vocabulary = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, 49152)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        folder / "base"
+    )
+    smollm2(layers).save_pretrained(folder / "base")
+    rng = random.Random(0)
+    lengths = [rng.choice((60, 200, 500, 900)) for _ in range(200)]
+    documents = [{"text": " ".join(f"w{rng.randrange(2, 49152)}" for _ in range(n))} for n in lengths]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    os.environ["ADAPT_CACHE"] = str(folder / "cache")
+    recipe = {
+        "run": {"name": "bench", "dir": str(folder / "runs")},
+        "model": {"base": str(folder / "base")},
+        "data": {"train": [{"source": f"jsonl:{folder / 'corpus.jsonl'}"}], "seq_len": 512},
+        "objective": "next_token",
+        "optimizer": {"name": "adamw", "lr": 1e-5},
+        "schedule": "constant",
+        "trainer": {
+            "steps": steps + 1,
+            "batch_tokens": 2048,
+            "microbatch": 4,
+            "activation_checkpointing": checkpointing,
+        },
+    }
+    times: list[float] = []
+    peaks: list[int] = []
+    after_step = hooks.Hooks.after_step
+
+    class Measured(Exception):
+        pass
+
+    def after(self, stage) -> None:
+        times.append(time.perf_counter())
+        peaks.append(peak())
+        if len(times) == steps + 1:
+            raise Measured
+        after_step(self, stage)
+
+    hooks.Hooks.after_step = after
+    before = resident()
+    with contextlib.suppress(Measured):
+        fit.fit(resolve(recipe))
+    taken = [b - a for a, b in itertools.pairwise(times)]
+    weights = (folder / "base" / "model.safetensors").stat().st_size  # as many bytes again: gradients, two moments
+    return {"seconds": statistics.median(taken), "beyond": peaks[-1] - before - 4 * weights, "peak": peaks[-1]}
 
 
 def hf_trainer(model, batch, steps: int) -> dict[str, float]:
