@@ -4,7 +4,8 @@
     python benchmarks/steps.py diffusion -L 1024     # block-diffusion step, b = 32
     python benchmarks/steps.py ar                    # AR training, 4 x 512: adapt fit, bare loop, Hugging Face Trainer
 
-Each arm runs in a process of its own, the arms take turns, and the table gives medians and ratios. Weights are random
+Each arm runs in a process of its own with one thread, the arms take turns, and the table gives medians and ratios of
+CPU seconds, which other processes on the machine disturb little. Weights are random
 (SmolLM2-135M shapes): a step's cost does not depend on them.
 """
 
@@ -23,7 +24,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 ARMS = {
     "lce": ["ours", "naive"],
     "diffusion": ["ours", "plain", "ours_ar", "ours_ckpt", "plain_ckpt"],
@@ -49,13 +55,13 @@ def main() -> None:
     for _ in range(args.rounds):
         for arm in arms:
             command = [sys.executable, __file__, *sys.argv[1:], "--child", arm]
-            out = subprocess.run(command, env=os.environ | ALLOCATOR, capture_output=True, text=True)
+            out = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
             lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:
                 sys.exit(f"{arm} failed:\n{out.stderr[-3000:]}")
             results[arm].append(json.loads(lines[-1][7:]))
             print(arm, results[arm][-1], file=sys.stderr, flush=True)
-    print(f"| {args.case} | s per step (median, min-max) | x {arms[0]} | peak, MiB | x | beyond state, MiB | x |")
+    print(f"| {args.case} | CPU s per step (median, min-max) | x {arms[0]} | peak, MiB | x | beyond state, MiB | x |")
     print("|---|---|---|---|---|---|---|")
     base = {k: statistics.median(r[k] for r in results[arms[0]]) for k in ("seconds", "peak", "beyond")}
     for arm in arms:
@@ -106,12 +112,12 @@ def run(case: str, arm: str, args: argparse.Namespace) -> dict[str, float]:
     state = resident()
     times = []
     for _ in range(args.steps + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         optimizer.zero_grad(set_to_none=False)
         step()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return {"seconds": statistics.median(times[1:]), "beyond": peak() - state, "peak": peak()}
 
 
@@ -127,13 +133,13 @@ def run_lce(arm: str) -> dict[str, float]:
     hidden.grad, head.grad = torch.zeros_like(hidden), torch.zeros_like(head)
     state, times = resident(), []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         if arm == "ours":
             loss = linear_cross_entropy(hidden, head, target)
         else:
             loss = F.cross_entropy(hidden @ head.T, target, reduction="sum")
         loss.backward()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
         del loss
     return {"seconds": statistics.median(times[1:]), "beyond": peak() - state, "peak": peak()}
 
@@ -277,7 +283,7 @@ def adapt_fit(layers: int, steps: int, *, checkpointing: bool) -> dict[str, floa
         pass
 
     def after(self, stage) -> None:
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         peaks.append(peak())
         if len(times) == steps + 1:
             raise Measured
@@ -300,10 +306,10 @@ def hf_trainer(model, batch, steps: int) -> dict[str, float]:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.started = time.perf_counter()
+            self.started = time.process_time()
 
         def on_step_end(self, *args, **kwargs):
-            times.append(time.perf_counter() - self.started)
+            times.append(time.process_time() - self.started)
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self):
