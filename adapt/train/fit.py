@@ -237,6 +237,7 @@ class _Run:
         from adapt.data.stream import eval_batches
         from adapt.evaluate.context import EvalContext
         from adapt.evaluate.runner import evaluate
+        from adapt.generation.contract import Contract
 
         world = self.world
         sets = {
@@ -255,7 +256,7 @@ class _Run:
             eval_sets=sets,
             reduce=reduce,
             facts=self.facts,
-            block_size=objective.export_fields().get("block_size"),
+            contract=Contract.of(objective.export_fields()),
             device=world.device,
             seed=recipe.run.seed,
         )

@@ -17,7 +17,7 @@ from adapt.components import suites
 from adapt.data.batch import PAD, Batch
 from adapt.errors import Problem, UserError
 from adapt.evaluate.context import EvalContext, Suite
-from adapt.evaluate.suites.masked_ce import target_block_size
+from adapt.evaluate.suites.masked_ce import contract_at
 
 Beginning = tuple[tuple[int, int], list[int]]
 """(row of the dataset, column), first tokens of the document."""
@@ -62,7 +62,7 @@ def tokens_per_forward(config: TokensPerForwardConfig) -> Suite:
 def measure(config: TokensPerForwardConfig, context: EvalContext) -> dict[str, float]:
     from adapt.generation.block_diffusion import BlockDiffusionConfig, BlockDiffusionSampler
 
-    size = target_block_size("tokens_per_forward", config.block_size, context)
+    size = contract_at("tokens_per_forward", config.block_size, context).block_size
     found = prompts(config, context)
     results = {}
     for tau in config.thresholds:
