@@ -24,6 +24,12 @@ class Contract:
     threshold: float = 0.9
     """Probability above which decoding reveals a token, unless it is told otherwise."""
 
+    @property
+    def head_first(self) -> bool:
+        """Whether decoding takes a block's first token from the AR head: a shifted model has no other output for it (the
+        one before it lies in the block before, which is text by then)."""
+        return self.prediction == "shifted" or self.block_first == "ar"
+
     @staticmethod
     def of(config: Any) -> Contract:
         """From a transformers config, or from any mapping; fields it lacks have NBDiff's values."""

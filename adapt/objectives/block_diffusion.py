@@ -26,7 +26,7 @@ from adapt.data.batch import TARGET, Batch
 from adapt.data.noise import generator
 from adapt.errors import Problem
 from adapt.generation.contract import Contract
-from adapt.losses.linear_cross_entropy import linear_cross_entropy
+from adapt.losses.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
 from adapt.models import attention
 from adapt.models.layout import CLEAN, Layout
 from adapt.objectives.base import Facts, Models, Prepared, Targets, Term, flat_rows
@@ -85,7 +85,11 @@ class BlockDiffusionConfig:
                 yield Problem(f"objective.{key}", f"{value} must be a finite number, 0 or more")
         if self.annealed is not None and self.annealed < 1:
             yield Problem("objective.annealed", f"{self.annealed} must be 1 or more optimizer steps, or null")
-        yield from self.noise.problems(recipe)
+        yield from self.noise.problems()
+        if self.noise.search and not any(s.name == "noise_interval" for s in recipe.evaluation.suites):
+            yield Problem(
+                "objective.noise.search", "needs the suite that measures it: add noise_interval to evaluation.suites"
+            )
         if self.growth is None or not any(self.growth.config.problems(recipe)):
             yield from self._pairs()
         if not any(c.name == "mask_token" for c in recipe.model.conversions):
@@ -164,12 +168,29 @@ class BlockDiffusion:
         config = self.config
         size, ar_weight = config.size_at(step), config.ar_weight_at(step)
         blocks = Blocks.of(batch, size, config.phase, seed)
-        maskable = (batch.role == TARGET) & (batch.labels != -100)
-        if config.block_first == "ar":
-            maskable = maskable & ~blocks.first
+        maskable = self.hideable(batch, blocks)
         views = [draw(batch, blocks, maskable, self.noise, seed, self.fixed)]
         if config.noise.complementary:
             views.append(views[0].complement(maskable))
+        return self.lay_out(batch, blocks, views, size=size, ar_weight=ar_weight, fine=self._fine(batch, seed, step))
+
+    def hideable(self, batch: Batch, blocks: Blocks) -> Tensor:
+        """[B, T] bool: supervised tokens, less those the AR head gives."""
+        learned = (batch.role == TARGET) & (batch.labels != -100)
+        return learned & ~blocks.first if self.config.block_first == "ar" else learned
+
+    def lay_out(
+        self,
+        batch: Batch,
+        blocks: Blocks,
+        views: list[Mask],
+        *,
+        size: int | None,
+        ar_weight: float = 0.0,
+        fine: Tensor | None = None,
+    ) -> Prepared:
+        """The model's inputs and the loss's targets for given masks, one noisy copy for each of `views`."""
+        config = self.config
         noisy, clean = [self._targets(batch, view) for view in views], Targets.of(batch)
         hidden = sum(len(n.ids) for n in noisy)
         # Without a masked token the noisy copies teach nothing, and leaving them out changes no clean logit. Nor is
@@ -190,7 +211,7 @@ class BlockDiffusion:
                 batch.position_ids,
                 blocks.number,
                 streams,
-                fine=self._fine(batch, seed, step),
+                fine=fine,
                 clean_blocks=config.context == "block",
                 noisy_causal=config.noisy_attention == "causal",
             ),
@@ -239,6 +260,26 @@ class BlockDiffusion:
             sums[term] = linear_cross_entropy(rows, head, target, weight=weight, exclude=exclude)
         return sums
 
+    def token_nats(self, models: Models, inputs: dict[str, Any]) -> Tensor:
+        """[N] CE of each hidden token, unweighted, in the order of `masked/target`; for measuring."""
+        student = models.student
+        hidden = attention.hidden_states(
+            student, inputs["input_ids"], inputs["position_ids"], inputs["layout"], self.backend
+        )
+        rows = flat_rows(hidden, inputs["masked/source"])
+        return token_cross_entropy(rows, attention.head_weight(student), inputs["masked/target"], self.mask_token_id)
+
+    def observe(self, results: dict[str, float]) -> dict[str, Any]:
+        """After an evaluation: with `noise.search`, draw t from the interval it found. Returns what a resume needs."""
+        low, high = results.get("noise_interval/low"), results.get("noise_interval/high")
+        if self.config.noise.search and low is not None:
+            self.restore({"t_min": low, "t_max": high})
+        return {"t_min": self.noise.t_min, "t_max": self.noise.t_max}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `observe` left off."""
+        self.noise = dataclasses.replace(self.noise, **state)
+
     def largest_step(self) -> int:
         growth = self.config.growth
         return 0 if growth is None else growth.build(self.config.block_size).largest_step()
@@ -276,12 +317,17 @@ def block_diffusion(config: BlockDiffusionConfig, facts: Facts) -> BlockDiffusio
 def fixed_t(contract: Contract, facts: Facts, t: float) -> BlockDiffusion:
     """The measuring form: masked cross-entropy as the contract decodes, every token but block-first ones hidden with
     probability t. (Block-first ones stay visible for every kind of model, so that all are asked the same.)"""
-    config = BlockDiffusionConfig(
+    return BlockDiffusion(dataclasses.replace(as_decoded(contract), block_first="ar"), facts, t)
+
+
+def as_decoded(contract: Contract) -> BlockDiffusionConfig:
+    """Masks, prediction, block size and hidden tokens as decoding meets them, without anything that only trains."""
+    return BlockDiffusionConfig(
         block_size=contract.block_size,
         growth=None,
         ar_weight=0.0,
         context="block" if contract.context_mask == "block" else "causal",
         prediction=contract.prediction,
         noisy_attention=contract.noisy_attention,
+        block_first="ar" if contract.head_first else "noisy",
     )
-    return BlockDiffusion(config, facts, t)

@@ -32,17 +32,13 @@ class Noise:
     complementary: bool = False
     """Show each row twice, hiding in the second view what the first one showed (Fast-dLLM v2)."""
 
-    def problems(self, recipe) -> Iterator[Problem]:
+    def problems(self) -> Iterator[Problem]:
         where = "objective.noise"
         if not 0 < self.epsilon < 1:
             yield Problem(f"{where}.epsilon", f"{self.epsilon} must be between 0 and 1; the usual value is 0.001")
         if not 0 <= self.t_min <= self.t_max <= 1:
             yield Problem(
                 f"{where}.t_min", f"t_min={self.t_min}, t_max={self.t_max} must satisfy 0 <= t_min <= t_max <= 1"
-            )
-        if self.search and not any(s.name == "noise_interval" for s in recipe.evaluation.suites):
-            yield Problem(
-                f"{where}.search", "needs the suite that measures it: add noise_interval to evaluation.suites"
             )
 
 

@@ -85,7 +85,8 @@ def test_masked_ce_with_everything_hidden(model):
     for label in SETS:
         nats, count = 0.0, 0
         for ids, scored in documents(label):
-            answer = scored.index(True) if scored.index(True) > 1 else 0  # blocks begin where decoding would begin
+            given = next((i for i, s in enumerate(scored) if s), 0)
+            answer = given if given > 1 else 0  # blocks begin where decoding would
             for start in range(answer, len(ids), 4):
                 truth = ids[start : start + 4]
                 hidden = [i for i in range(1, len(truth)) if scored[start + i]]

@@ -34,12 +34,7 @@ class MaskedCeConfig:
             raise ValueError(f"t={list(self.t)} must be one or more numbers in (0, 1]")
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if self.block_size is None and not hasattr(recipe.objective.config, "block_size"):
-            yield Problem(
-                "",
-                f"masked_ce needs a block size, and the objective {recipe.objective.name!r} has none: write "
-                f"{{name: masked_ce, block_size: 8}}",
-            )
+        yield from size_problem("masked_ce", self.block_size, recipe)
 
 
 @suites.register("masked_ce")
@@ -66,6 +61,15 @@ def measure(config: MaskedCeConfig, context: EvalContext) -> dict[str, float]:
         results |= {f"masked_ce/{label}/b{size}/t{t:g}": value for t, value in at_t.items()}
         results[f"masked_ce/{label}/b{size}"] = sum(at_t.values()) / len(at_t)
     return results
+
+
+def size_problem(suite: str, own: int | None, recipe) -> Iterator[Problem]:
+    if own is None and not hasattr(recipe.objective.config, "block_size"):
+        yield Problem(
+            "",
+            f"{suite} needs a block size, and the objective {recipe.objective.name!r} has none: write "
+            f"{{name: {suite}, block_size: 8}}",
+        )
 
 
 def ratio(nats: float, tokens: float) -> float:
