@@ -7,6 +7,11 @@ from adapt.registry import Registry, Selection
 objectives = Registry(
     "objective", "adapt.objectives", "What is learned: config -> Objective; called by the training step."
 )
+block_sizes = Registry(
+    "block_sizes",
+    "adapt.objectives.growth",
+    "How blocks grow: config, target -> BlockSizes; asked by the block-diffusion objective at every step.",
+)
 conversions = Registry(
     "conversion",
     "adapt.conversion",
@@ -38,6 +43,10 @@ sections = Registry(
 
 class ObjectiveChoice(Selection):
     registry = objectives
+
+
+class BlockSizesChoice(Selection):
+    registry = block_sizes
 
 
 class ConversionChoice(Selection):

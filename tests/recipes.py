@@ -55,7 +55,11 @@ def tiny_recipe(base: Path, folder: Path, **over: Any) -> dict[str, Any]:
             "eval": [{"source": {"name": "jsonl", "path": str(corpus(folder, 12, seed=1))}, "name": "held-out"}],
             "seq_len": 64,
         },
-        "objective": {"name": "block_diffusion", "block_size": 8, "growth": {"start": 2, "every": 2}},
+        "objective": {
+            "name": "block_diffusion",
+            "block_size": 8,
+            "growth": {"name": "geometric", "start": 2, "every": 2},
+        },
         "optimizer": {"name": "adamw", "lr": 1e-3},
         "schedule": {"name": "cosine", "warmup": 2},
         "trainer": {"steps": 6, "batch_tokens": 256, "microbatch": 2},

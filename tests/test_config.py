@@ -146,7 +146,7 @@ def test_list_elements_by_index(recipe_file):
 
 
 def test_stages_merge_and_print_exactly(plain, tmp_path):
-    plain["objective"]["epsilon"] = 0.01
+    plain["objective"]["ar_weight_end"] = 0.01
     plain["stages"] = [
         {"name": "ar", "objective": "next_token", "trainer": {"steps": 2}},
         {"name": "blocks", "optimizer": {"lr": 5e-4}, "optimizer_state": "keep"},
@@ -154,7 +154,7 @@ def test_stages_merge_and_print_exactly(plain, tmp_path):
     resolved = resolve(plain)
     first, second = resolved.stages
     assert (first.objective.name, first.trainer.steps, first.trainer.batch_tokens) == ("next_token", 2, 256)
-    assert (second.objective.config.epsilon, second.trainer.steps, second.optimizer.config.lr) == (0.01, 6, 5e-4)
+    assert (second.objective.config.ar_weight_end, second.trainer.steps, second.optimizer.config.lr) == (0.01, 6, 5e-4)
     path = tmp_path / "printed.yaml"
     path.write_text(resolved.to_yaml())
     again = load(str(path))

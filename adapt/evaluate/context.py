@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapt.data.batch import Batch
 from adapt.evaluate.bytes import byte_lengths
+from adapt.generation.contract import Contract
 from adapt.objectives.base import Facts
 
 
@@ -34,8 +35,8 @@ class EvalContext:
     reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
     """Sums of this rank -> sums over all ranks, in float64. Collective."""
     facts: Facts
-    block_size: int | None = None
-    """Target block size of the objective or the model; null where there is none."""
+    contract: Contract = field(default_factory=Contract)
+    """How the objective or the model decodes blocks; without a block size where it does not."""
     device: torch.device | str = "cpu"
     seed: int = 0
 

@@ -80,6 +80,7 @@ def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | No
     import torch
 
     from adapt.evaluate.context import EvalContext
+    from adapt.generation.contract import Contract
     from adapt.models import attention
     from adapt.objectives.base import Facts
     from adapt.train.root import Root
@@ -96,7 +97,7 @@ def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | No
         tokenizer=opened.tokenizer,
         eval_sets=held_out(recipe, opened.tokenizer, recipe.evaluation.limit if limit is None else limit),
         facts=Facts(mask_token_id=getattr(model.config, "mask_token_id", None), attention=recipe.model.attention),
-        block_size=getattr(model.config, "block_size", None),
+        contract=Contract.of(model.config),
         device=next(model.parameters()).device,
         seed=recipe.run.seed if seed is None else seed,
     )

@@ -41,6 +41,22 @@ def linear_cross_entropy(
     return (losses if weight is None else losses * weight).sum()
 
 
+def token_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor, exclude: int | None = None) -> Tensor:
+    """[N] CE of each row, as above, fp32 (fp64 for fp64 inputs); for measuring, without gradients."""
+    losses = [
+        F.cross_entropy(_excluded(rows @ head.T, exclude), ids, reduction="none")
+        for rows, ids in zip(hidden.split(CHUNK["cpu"]), target.split(CHUNK["cpu"]), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def _excluded(logits: Tensor, exclude: int | None) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if exclude is not None:
+        logits[:, exclude] = float("-inf")
+    return logits
+
+
 def _chunked(hidden: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, reduction: str) -> Tensor:
     low = hidden.dtype in (torch.bfloat16, torch.float16)
     options = torch.nn.LinearCrossEntropyOptions(

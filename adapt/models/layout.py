@@ -1,16 +1,17 @@
 """Who sees whom, as per-token tensors. One place turns them into a FlexAttention BlockMask or tiles (attention.py).
 
-Legend: B rows, S tokens of the row as the model sees it (T, or 2T with a noisy copy in front).
+Legend: B rows, T clean tokens of a row, S tokens of the row as the model sees it (T for each copy).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-CLEAN, NOISY = 0, 1
+CLEAN = 0
+"""The stream of clean tokens; noisy copies of the same tokens are the streams 1, 2, ..."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Layout:
     pos: Tensor
     """[B, S] int64 position in the document."""
     block: Tensor
-    """[B, S] int64 block in the document (clean tokens: of the same grid)."""
+    """[B, S] int64 number of the token's block, growing along a document (clean tokens: of the same grid)."""
     stream: Tensor
-    """[B, S] int8 CLEAN or NOISY."""
+    """[B, S] int8 CLEAN, or the number of a noisy copy."""
+    fine: Tensor | None = None
+    """[B, S] bool, noisy tokens that see what they would at block size 1: themselves and all clean tokens before."""
     clean_blocks: bool = False
     """False: clean tokens see earlier clean tokens (causal). True: the whole of their block too (block-causal)."""
     noisy_causal: bool = False
@@ -34,10 +37,14 @@ class Layout:
     def visible(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q sees key k in row b; the three index tensors broadcast. The only definition of the mask."""
         same_doc = self.doc[b, q] == self.doc[b, k]
-        q_noisy, k_noisy = self.stream[b, q] == NOISY, self.stream[b, k] == NOISY
-        q_block, k_block = self.block[b, q], self.block[b, k]
-        earlier = self.pos[b, k] <= self.pos[b, q]
-        own_block = q_noisy & k_noisy & (q_block == k_block)
+        q_stream, k_stream = self.stream[b, q], self.stream[b, k]
+        q_noisy, k_noisy = q_stream != CLEAN, k_stream != CLEAN
+        q_pos, k_pos, q_block, k_block = self.pos[b, q], self.pos[b, k], self.block[b, q], self.block[b, k]
+        if self.fine is not None:
+            fine = self.fine[b, q] & q_noisy
+            q_block, k_block = torch.where(fine, q_pos, q_block), torch.where(fine, k_pos, k_block)
+        earlier = k_pos <= q_pos
+        own_block = q_noisy & (q_stream == k_stream) & (q_block == k_block)
         if self.noisy_causal:
             own_block = own_block & earlier
         context = q_noisy & ~k_noisy & (k_block < q_block)
@@ -52,26 +59,36 @@ class Layout:
         return self.visible(b, i[None, :, None], i[None, None, :])
 
     def to(self, device, non_blocking: bool = False) -> Layout:
-        move = {
-            n: getattr(self, n).to(device, non_blocking=non_blocking)
-            for n in ("doc", "pos", "block", "stream")
-        }
-        return replace(self, **move)
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()})
 
     @staticmethod
     def causal(doc: Tensor, pos: Tensor) -> Layout:
         """Plain autoregressive rows of packed documents."""
-        zero = torch.zeros_like(doc)
-        return Layout(doc=doc, pos=pos, block=zero, stream=zero.to(torch.int8))
+        return Layout.copies(doc, pos, torch.zeros_like(doc), (CLEAN,))
 
     @staticmethod
     def noisy_then_clean(doc: Tensor, pos: Tensor, block: Tensor, **kind: bool) -> Layout:
         """`[noisy copy | clean copy]` of the same tokens: S = 2T. doc, pos, block: [B, T]."""
-        stream = torch.zeros_like(doc, dtype=torch.int8)
+        return Layout.copies(doc, pos, block, (1, CLEAN), **kind)
+
+    @staticmethod
+    def copies(
+        doc: Tensor,
+        pos: Tensor,
+        block: Tensor,
+        streams: tuple[int, ...],
+        fine: Tensor | None = None,
+        **kind: bool,
+    ) -> Layout:
+        """Copies of the same tokens, one for each of `streams`, end to end. doc, pos, block, fine: [B, T]."""
+        numbers = torch.tensor(streams, dtype=torch.int8, device=doc.device).repeat_interleave(doc.shape[1])
+        repeat = (1, len(streams))
         return Layout(
-            doc=torch.cat([doc, doc], 1),
-            pos=torch.cat([pos, pos], 1),
-            block=torch.cat([block, block], 1),
-            stream=torch.cat([torch.full_like(stream, NOISY), stream], 1),
+            doc=doc.repeat(repeat),
+            pos=pos.repeat(repeat),
+            block=block.repeat(repeat),
+            stream=numbers.expand(doc.shape[0], -1).contiguous(),
+            fine=None if fine is None else fine.repeat(repeat),
             **kind,
         )

@@ -72,6 +72,12 @@ class Objective(Protocol):
     def largest_step(self) -> int:
         """A step at which the objective needs the most memory; the dry run prepares its batch for it."""
 
+    def observe(self, results: dict[str, float]) -> dict[str, Any]:
+        """Told the metrics of every evaluation, the same on all ranks. Returns plain numbers that checkpoints keep and
+        `restore(numbers)` gets back on resume; {} where evaluations change nothing."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
     def export_fields(self) -> dict[str, Any]:
         """What decoding has to know of this objective (`block_size`, `mask_token_id`, ...): goes into the exported
         config, and `block_size` is where suites measure."""

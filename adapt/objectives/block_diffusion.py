@@ -1,194 +1,249 @@
-"""NBDiff: block diffusion with a context-causal mask, the AR shift kept, an AR loss on the clean stream, and growing
-blocks (arXiv 2512.06776, eq. 1-5).
+"""Block diffusion: from an autoregressive model to one that denoises a block of tokens at a time.
 
 The row goes in twice, noisy copy first: `[x~ | x]`, both with the same positions. Noisy tokens see their own noisy
-block and the clean blocks before it; clean tokens are plainly causal, so the same pass yields the AR logits. The
-output at i-1 predicts x_i in both streams. Block-first tokens are never masked: the AR stream predicts them, as it
-does in decoding; at block size 1 nothing is masked and the objective is exactly `ar_weight` x the AR loss.
+block and the clean blocks before it. The defaults are NBDiff's (arXiv 2512.06776, eq. 1-5): clean tokens are plainly
+causal, so the same pass yields the AR logits and an AR loss; the output at i-1 predicts x_i in both streams; block-first
+tokens are never masked, since the AR stream predicts them, as it does in decoding; blocks grow. At block size 1 nothing
+is masked and the objective is exactly `ar_weight` x the AR loss. Every switch away from that is a published recipe's;
+`configs/presets/` has them by name.
 
 Legend: B rows, T clean tokens of a row, b block size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from adapt.components import objectives
+from adapt.components import BlockSizesChoice, objectives
 from adapt.data.batch import TARGET, Batch
 from adapt.data.noise import generator
 from adapt.errors import Problem
-from adapt.losses.linear_cross_entropy import linear_cross_entropy
+from adapt.generation.contract import Contract
+from adapt.losses.linear_cross_entropy import linear_cross_entropy, token_cross_entropy
 from adapt.models import attention
-from adapt.models.layout import Layout
+from adapt.models.layout import CLEAN, Layout
 from adapt.objectives.base import Facts, Models, Prepared, Targets, Term, flat_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """b(s) = min(block_size, start * factor ^ floor(max(0, s - after) / every))  (eq. 3)."""
-
-    start: int = 1
-    """First block size. 1 trains the AR loss alone (nothing can be masked); without AR loss start at 2."""
-    factor: int = 2
-    """Each plateau multiplies the block size by this."""
-    every: int = 500
-    """Optimizer steps per plateau."""
-    after: int = 0
-    """Steps before the first plateau begins to count."""
+from adapt.objectives.blocks import FINE, Blocks, Phase, noise_keys
+from adapt.objectives.growth.geometric import GeometricConfig
+from adapt.objectives.masking import Mask, Noise, draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDiffusionConfig:
-    block_size: int = 32
-    """Target block size b; what decoding will use."""
-    growth: Growth | None = field(default_factory=Growth)
+    block_size: int | None = 32
+    """Target block size b; what decoding will use. null: the whole document is one block (LLaDA, Dream)."""
+    growth: BlockSizesChoice | None = field(default_factory=lambda: BlockSizesChoice("geometric", GeometricConfig()))
     """How the block size grows; null trains at `block_size` from the first step."""
+    context: Literal["causal", "block"] = "causal"
+    """What clean tokens see. `causal`: those before them (NBDiff, I-DLM), which allows the AR loss and a prompt of any
+    length; `block`: their whole block and those before it (BD3-LM, SDAR, Fast-dLLM v2, dLLM)."""
+    noisy_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What noisy tokens see of their own block: all of it, or (I-DLM) what stands before them."""
+    prediction: Literal["shifted", "inplace"] = "shifted"
+    """Which output predicts a masked token: that of the position before it, as the pretrained model does it, or
+    (`inplace`: BD3-LM, SDAR, dLLM, LLaDA) that of the masked position itself."""
+    block_first: Literal["ar", "noisy"] = "ar"
+    """`ar`: first tokens of blocks are never masked; the AR stream learns them, and decoding takes them from the AR
+    head. `noisy`: they are masked like all others (with `shifted` predicted across the block's edge: Fast-dLLM v2)."""
+    phase: Phase = "response"
+    """Where blocks begin in a document: at its start (`zero`), at an offset drawn per document and pass (`random`), or
+    (`response`) at its start and anew wherever given and learned tokens meet, as decoding will."""
+    noise: Noise = field(default_factory=Noise)
+    """How masks are drawn."""
+    weighting: Literal["uniform", "elbo"] = "uniform"
+    """Weight of a masked token: 1 (NBDiff), or 1 / its masking probability, which makes the loss the negative ELBO."""
+    normalizer: Literal["supervised", "masked"] = "supervised"
+    """Number the diffusion loss is divided by: all supervised tokens, or (Fast-dLLM v2, LLaDA2) the masked ones."""
     ar_weight: float = 0.5
     """Weight of the AR loss on the clean stream, relative to the diffusion loss; both are divided by the same number
     of supervised tokens, so 0.5 matches the expected half of the tokens that are masked."""
     ar_weight_end: float | None = None
     """AR weight at the target block size; in between it follows the logarithm of the block size. null: constant."""
-    epsilon: float = 1e-3
-    """Masking probability is (1 - epsilon) t + epsilon, t uniform in [0, 1] and stratified over a row's blocks."""
+    annealed: int | None = None
+    """Steps over which the mask of block size 1 gives way to the target's, token by token at random (NBDiff's
+    "annealed mask" baseline). null: off."""
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if self.block_size < 1:
+        if self.block_size is not None and self.block_size < 1:
             yield Problem("objective.block_size", f"{self.block_size} tokens is no block; 8 to 32 is usual")
-        if self.block_size > recipe.data.seq_len:
+        elif self.block_size is not None and self.block_size > recipe.data.seq_len:
             yield Problem(
                 "objective.block_size",
                 f"{self.block_size} is longer than a row (data.seq_len={recipe.data.seq_len}), so no block would ever "
                 f"be whole; lower it or raise data.seq_len",
             )
-        if not 0 < self.epsilon < 1:
-            yield Problem("objective.epsilon", f"{self.epsilon} must be between 0 and 1; the usual value is 0.001")
         for key in ("ar_weight", "ar_weight_end"):
             value = getattr(self, key)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 yield Problem(f"objective.{key}", f"{value} must be a finite number, 0 or more")
-        first = self.block_size if self.growth is None else self.growth.start
-        if first == 1 and self.ar_weight == 0:
+        if self.annealed is not None and self.annealed < 1:
+            yield Problem("objective.annealed", f"{self.annealed} must be 1 or more optimizer steps, or null")
+        yield from self.noise.problems()
+        if self.noise.search and not any(s.name == "noise_interval" for s in recipe.evaluation.suites):
             yield Problem(
-                "objective.growth.start",
-                "at block size 1 nothing can be masked, and with ar_weight=0 there is no loss at all: start at 2, or "
-                "give ar_weight",
+                "objective.noise.search", "needs the suite that measures it: add noise_interval to evaluation.suites"
             )
-        if self.growth is not None:
-            yield from self._growth_problems()
+        if self.growth is None or not any(self.growth.config.problems(recipe)):
+            yield from self._pairs()
         if not any(c.name == "mask_token" for c in recipe.model.conversions):
             yield Problem(
                 "model.conversions",
                 "block diffusion needs a mask token; add `- mask_token` (or `- {name: mask_token, token: ...}`)",
             )
 
-    def _growth_problems(self) -> Iterator[Problem]:
-        growth = self.growth
-        for key, least in (("start", 1), ("factor", 2), ("every", 1), ("after", 0)):
-            value = getattr(growth, key)
-            if value < least:
-                yield Problem(f"objective.growth.{key}", f"{value} must be {least} or more")
-        if growth.start > self.block_size:
+    def _pairs(self) -> Iterator[Problem]:
+        """Settings that make no sense together."""
+        if self.context == "block" and self.has_ar:
             yield Problem(
-                "objective.growth.start",
-                f"{growth.start} is already beyond the target block_size={self.block_size}; blocks only grow",
+                "objective.ar_weight",
+                "with context=block a clean token sees those behind it in its block, the one it should predict among "
+                "them: set ar_weight=0, or context=causal",
+            )
+        if self.block_size is None:
+            if self.growth is not None:
+                yield Problem("objective.growth", "a block that is the whole document cannot grow: set growth=null")
+            if self.annealed is not None or self.ar_weight_end is not None:
+                yield Problem(
+                    "objective.block_size", "annealed and ar_weight_end need a target block size to go to; give one"
+                )
+        elif self.first_size == 1 and not self.has_ar and self.block_first == "ar":
+            yield Problem(
+                "objective.growth.start" if self.growth is not None else "objective.block_size",
+                "at block size 1 nothing can be masked, and with ar_weight=0 there is no loss at all: start at 2, or "
+                "give ar_weight",
+            )
+        if self.annealed is not None and self.growth is not None:
+            yield Problem("objective.annealed", "blocks grow or the mask anneals, not both: set growth=null")
+        if self.annealed is not None and self.context == "block":
+            yield Problem(
+                "objective.annealed",
+                "at block size 1 a token sees the clean ones before it, and with context=block those have seen it: "
+                "set context=causal",
+            )
+        if self.noise.complementary and self.weighting == "elbo":
+            yield Problem(
+                "objective.weighting",
+                "elbo weights are 1 / the masking probability, and what a complementary view hides has another one: "
+                "set weighting=uniform, or noise.complementary=false",
             )
 
+    @property
+    def has_ar(self) -> bool:
+        return self.ar_weight > 0 or bool(self.ar_weight_end)
 
-def block_size_at(config: BlockDiffusionConfig, step: int) -> int:
-    """b(s), a pure function of the optimizer step."""
-    growth = config.growth
-    if growth is None:
-        return config.block_size
-    doublings = max(0, step - growth.after) // growth.every
-    size = growth.start
-    while doublings > 0 and size < config.block_size:  # no overflow after a long plateau
-        size, doublings = size * growth.factor, doublings - 1
-    return min(size, config.block_size)
+    @property
+    def first_size(self) -> int | None:
+        return self.size_at(0)
 
+    def size_at(self, step: int) -> int | None:
+        """b(s), a pure function of the optimizer step."""
+        return self.block_size if self.growth is None else self.growth.build(self.block_size).at(step)
 
-def ar_weight_at(config: BlockDiffusionConfig, step: int) -> float:
-    if config.ar_weight_end is None:
-        return config.ar_weight
-    first = config.block_size if config.growth is None else config.growth.start
-    span = math.log(config.block_size / first)
-    done = 1.0 if span == 0 else math.log(block_size_at(config, step) / first) / span
-    return config.ar_weight + done * (config.ar_weight_end - config.ar_weight)
-
-
-def stratified(count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` draws from [0, 1), one in each of `count` equal strata up to a common offset, in random order."""
-    order, jitter, offset = rng.permutation(count), rng.random(count), rng.random()
-    return ((order + jitter) / count + offset) % 1.0
-
-
-def draw_mask(
-    batch: Batch, block: Tensor, maskable: Tensor, epsilon: float, seed: int, t: float | None = None
-) -> Tensor:
-    """Which tokens are masked, [B, T] bool: t per block, then each maskable token with probability (1-eps) t + eps.
-
-    Drawn per row from (seed, source, epoch, sample index) alone. A given `t` replaces the draw and is used as it is.
-    """
-    rows, length = batch.input_ids.shape
-    masked = np.zeros((rows, length), dtype=bool)
-    starts = np.ones((rows, length), dtype=bool)
-    doc, blk = batch.doc_ids.numpy(), block.numpy()
-    starts[:, 1:] = (doc[:, 1:] != doc[:, :-1]) | (blk[:, 1:] != blk[:, :-1])
-    for row in range(rows):
-        key = (int(batch.source[row]), int(batch.epoch[row]), int(batch.sample_index[row]))
-        rng = generator(seed, *key)
-        index = np.cumsum(starts[row]) - 1  # the block of each token, numbered along the row
-        probability = (1 - epsilon) * stratified(int(index[-1]) + 1, rng) + epsilon
-        draws = rng.random(length)
-        masked[row] = draws < (probability[index] if t is None else t)
-    return torch.from_numpy(masked) & maskable
+    def ar_weight_at(self, step: int) -> float:
+        if self.ar_weight_end is None:
+            return self.ar_weight
+        span = math.log(self.block_size / self.first_size)
+        done = 1.0 if span == 0 else math.log(self.size_at(step) / self.first_size) / span
+        return self.ar_weight + done * (self.ar_weight_end - self.ar_weight)
 
 
 class BlockDiffusion:
     needs_teacher = False
 
-    def __init__(self, config: BlockDiffusionConfig, facts: Facts, fixed: tuple[int, float] | None = None):
-        """`fixed` = (block size, t) measures instead of trains: no schedule, and every block gets this t."""
+    def __init__(self, config: BlockDiffusionConfig, facts: Facts, fixed: float | None = None):
+        """`fixed` = t measures instead of trains: every block gets this t, and the count is that of hidden tokens."""
         if facts.mask_token_id is None:
             raise ValueError("block diffusion needs a model with a mask token (conversion `mask_token`)")
-        self.config, self.fixed = config, fixed
+        self.config, self.fixed, self.noise = config, fixed, config.noise
         self.mask_token_id, self.backend = facts.mask_token_id, facts.attention
 
     def prepare(self, batch: Batch, *, seed: int, step: int) -> Prepared:
-        size, t = self.fixed or (block_size_at(self.config, step), None)
-        ar_weight = 0.0 if self.fixed else ar_weight_at(self.config, step)
-        block = batch.position_ids // size
-        maskable = (batch.role == TARGET) & (batch.labels != -100) & (batch.position_ids % size != 0)
-        masked = draw_mask(batch, block, maskable, self.config.epsilon, seed, t)
-        noisy, clean = Targets.of(batch, masked), Targets.of(batch)
+        config = self.config
+        size, ar_weight = config.size_at(step), config.ar_weight_at(step)
+        blocks = Blocks.of(batch, size, config.phase, seed)
+        maskable = self.hideable(batch, blocks)
+        views = [draw(batch, blocks, maskable, self.noise, seed, self.fixed)]
+        if config.noise.complementary:
+            views.append(views[0].complement(maskable))
+        return self.lay_out(batch, blocks, views, size=size, ar_weight=ar_weight, fine=self._fine(batch, seed, step))
+
+    def hideable(self, batch: Batch, blocks: Blocks) -> Tensor:
+        """[B, T] bool: supervised tokens, less those the AR head gives."""
+        learned = (batch.role == TARGET) & (batch.labels != -100)
+        return learned & ~blocks.first if self.config.block_first == "ar" else learned
+
+    def lay_out(
+        self,
+        batch: Batch,
+        blocks: Blocks,
+        views: list[Mask],
+        *,
+        size: int | None,
+        ar_weight: float = 0.0,
+        fine: Tensor | None = None,
+    ) -> Prepared:
+        """The model's inputs and the loss's targets for given masks, one noisy copy for each of `views`."""
+        config = self.config
+        noisy, clean = [self._targets(batch, view) for view in views], Targets.of(batch)
+        hidden = sum(len(n.ids) for n in noisy)
+        # Without a masked token the noisy copies teach nothing, and leaving them out changes no clean logit. Nor is
+        # there a clean copy where nobody looks at it: a block that is the whole document has no context.
+        streams = tuple(range(1, len(views) + 1)) if hidden else ()
+        if not hidden or size is not None or ar_weight > 0:
+            streams = (*streams, CLEAN)
         length = batch.input_ids.shape[1]
-        # Without a masked token the noisy copy teaches nothing, and leaving it out changes no clean logit.
-        two_streams = len(noisy.ids) > 0
-        width, clean_start = (2 * length, length) if two_streams else (length, 0)
-        inputs: dict[str, Any] = {}
-        if two_streams:
-            corrupted = torch.where(masked, self.mask_token_id, batch.input_ids)
-            inputs["input_ids"] = torch.cat([corrupted, batch.input_ids], 1)
-            inputs["position_ids"] = torch.cat([batch.position_ids, batch.position_ids], 1)
-            inputs["layout"] = Layout.noisy_then_clean(batch.doc_ids, batch.position_ids, block)
-        else:
-            inputs["input_ids"], inputs["position_ids"] = batch.input_ids, batch.position_ids
-            inputs["layout"] = Layout.causal(batch.doc_ids, batch.position_ids)
-        inputs |= {"masked": (noisy.row * width + noisy.col - 1, noisy.ids, noisy.weight)}
-        # Both terms are divided by the number of supervised clean tokens, so that ar_weight means what it says.
-        count = len(noisy.ids) if self.fixed else len(clean.ids)
-        terms = {"masked": Term(count)}
+        width = length * len(streams)
+        copies = [torch.where(v.hidden, self.mask_token_id, batch.input_ids) for v in views if hidden]
+        if CLEAN in streams:
+            copies.append(batch.input_ids)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.cat(copies, 1),
+            "position_ids": batch.position_ids.repeat(1, len(streams)),
+            "layout": Layout.copies(
+                batch.doc_ids,
+                batch.position_ids,
+                blocks.number,
+                streams,
+                fine=fine,
+                clean_blocks=config.context == "block",
+                noisy_causal=config.noisy_attention == "causal",
+            ),
+        }
+        shift = int(config.prediction == "shifted")
+        sources = [n.row * width + index * length + n.col - shift for index, n in enumerate(noisy)]
+        inputs |= _scored("masked", sources, noisy)
+        # The terms are divided by the number of supervised clean tokens, so that ar_weight means what it says.
+        by_hidden = self.fixed is not None or config.normalizer == "masked"
+        terms = {"masked": Term(hidden if by_hidden else len(views) * len(clean.ids))}
         if ar_weight > 0:
-            inputs |= {"ar": (clean.row * width + clean_start + clean.col - 1, clean.ids, clean.weight)}
-            terms["ar"] = Term(count, ar_weight)
-        info = {"block_size": size, "masked_fraction": len(noisy.ids) / max(1, len(clean.ids))}
-        return Prepared(_movable(inputs), terms, info)
+            inputs |= _scored("ar", [clean.row * width + (len(streams) - 1) * length + clean.col - 1], [clean])
+            terms["ar"] = Term(len(clean.ids), ar_weight)
+        info = {"masked_fraction": hidden / max(1, len(clean.ids) * len(views))}
+        return Prepared(inputs, terms, info if size is None else {"block_size": size, **info})
+
+    def _targets(self, batch: Batch, view: Mask) -> Targets:
+        found = Targets.of(batch, view.hidden)
+        if self.config.weighting == "uniform":
+            return found
+        weight = 1 / view.probability[found.row, found.col]
+        return dataclasses.replace(found, weight=weight if found.weight is None else weight * found.weight)
+
+    def _fine(self, batch: Batch, seed: int, step: int) -> Tensor | None:
+        """[B, T] bool: tokens that still see what they would at block size 1; fewer and fewer of them."""
+        if self.config.annealed is None:
+            return None
+        share = 1 - min(1.0, step / self.config.annealed)
+        length = batch.input_ids.shape[1]
+        return torch.stack(
+            [torch.from_numpy(generator(seed, *key, FINE).random(length) < share) for key in noise_keys(batch)]
+        )
 
     def __call__(self, models: Models, inputs: dict[str, Any]) -> dict[str, Tensor]:
         student = models.student
@@ -205,27 +260,53 @@ class BlockDiffusion:
             sums[term] = linear_cross_entropy(rows, head, target, weight=weight, exclude=exclude)
         return sums
 
+    def token_nats(self, models: Models, inputs: dict[str, Any]) -> Tensor:
+        """[N] CE of each hidden token, unweighted, in the order of `masked/target`; for measuring."""
+        student = models.student
+        hidden = attention.hidden_states(
+            student, inputs["input_ids"], inputs["position_ids"], inputs["layout"], self.backend
+        )
+        rows = flat_rows(hidden, inputs["masked/source"])
+        return token_cross_entropy(rows, attention.head_weight(student), inputs["masked/target"], self.mask_token_id)
+
+    def observe(self, results: dict[str, float]) -> dict[str, Any]:
+        """After an evaluation: with `noise.search`, draw t from the interval it found. Returns what a resume needs."""
+        low, high = results.get("noise_interval/low"), results.get("noise_interval/high")
+        if self.config.noise.search and low is not None:
+            self.restore({"t_min": low, "t_max": high})
+        return {"t_min": self.noise.t_min, "t_max": self.noise.t_max}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `observe` left off."""
+        self.noise = dataclasses.replace(self.noise, **state)
+
     def largest_step(self) -> int:
         growth = self.config.growth
-        return 0 if growth is None else growth.after + growth.every * math.ceil(math.log2(self.config.block_size) + 1)
+        return 0 if growth is None else growth.build(self.config.block_size).largest_step()
 
     def export_fields(self) -> dict[str, Any]:
-        return {
-            "block_size": self.config.block_size,
-            "mask_token_id": self.mask_token_id,
-            "prediction": "shifted",
-            "context_mask": "causal",
-        }
+        config = self.config
+        contract = Contract(
+            block_size=config.block_size,
+            mask_token_id=self.mask_token_id,
+            prediction=config.prediction,
+            context_mask="document" if config.block_size is None else config.context,
+            noisy_attention=config.noisy_attention,
+            block_first=config.block_first,
+        )
+        return {k: v for k, v in dataclasses.asdict(contract).items() if v is not None}
 
 
-def _movable(inputs: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in inputs.items():
-        if isinstance(value, tuple):
-            flat |= {f"{key}/{part}": v for part, v in zip(("source", "target", "weight"), value, strict=True)}
-        else:
-            flat[key] = value
-    return flat
+def _scored(term: str, sources: list[Tensor], targets: list[Targets]) -> dict[str, Tensor | None]:
+    """Flat indices of the outputs that predict, and what; of all views together."""
+    weights = [t.weight for t in targets]
+    if any(w is not None for w in weights):
+        weights = [torch.ones_like(t.ids, dtype=torch.float32) if t.weight is None else t.weight for t in targets]
+    return {
+        f"{term}/source": torch.cat(sources),
+        f"{term}/target": torch.cat([t.ids for t in targets]),
+        f"{term}/weight": None if weights[0] is None else torch.cat(weights),
+    }
 
 
 @objectives.register("block_diffusion")
@@ -233,6 +314,20 @@ def block_diffusion(config: BlockDiffusionConfig, facts: Facts) -> BlockDiffusio
     return BlockDiffusion(config, facts)
 
 
-def fixed_t(config: BlockDiffusionConfig, facts: Facts, block_size: int, t: float) -> BlockDiffusion:
-    """The measuring form: masked cross-entropy at one block size, every maskable token masked with probability t."""
-    return BlockDiffusion(config, facts, (block_size, t))
+def fixed_t(contract: Contract, facts: Facts, t: float) -> BlockDiffusion:
+    """The measuring form: masked cross-entropy as the contract decodes, every token but block-first ones hidden with
+    probability t. (Block-first ones stay visible for every kind of model, so that all are asked the same.)"""
+    return BlockDiffusion(dataclasses.replace(as_decoded(contract), block_first="ar"), facts, t)
+
+
+def as_decoded(contract: Contract) -> BlockDiffusionConfig:
+    """Masks, prediction, block size and hidden tokens as decoding meets them, without anything that only trains."""
+    return BlockDiffusionConfig(
+        block_size=contract.block_size,
+        growth=None,
+        ar_weight=0.0,
+        context="block" if contract.context_mask == "block" else "causal",
+        prediction=contract.prediction,
+        noisy_attention=contract.noisy_attention,
+        block_first="ar" if contract.head_first else "noisy",
+    )

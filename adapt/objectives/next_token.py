@@ -54,6 +54,12 @@ class NextToken:
     def largest_step(self) -> int:
         return 0
 
+    def observe(self, results: dict[str, float]) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """There is nothing to go on from."""
+
     def export_fields(self) -> dict[str, Any]:
         return {}
 

@@ -100,6 +100,8 @@ class _Run:
         state, world = self.state, self.world
         trainable = set_trainable(self.root, recipe.trainable)
         objective = recipe.objective.build(self.facts)
+        if state.objective:
+            objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
         if recipe.optimizer_state == "keep" and before is not None:
@@ -131,6 +133,7 @@ class _Run:
             root=self.root,
             optimizer=optimizer,
             measure=lambda: self._measure(recipe, objective),
+            observe=objective.observe,
             loggers=self.loggers,
             progress=progress,
         )
@@ -180,7 +183,8 @@ class _Run:
             )
         if state.stage == len(self.resolved.stages) - 1:
             state.results["after"] = hooks.evaluate()
-        state.stage, state.stage_step, state.skipped, state.minima, state.data = state.stage + 1, 0, 0, {}, ""
+        state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
+        state.minima, state.objective, state.data = {}, {}, ""
         hooks.saved_step = -1
         hooks.save()
         return hooks
@@ -237,6 +241,7 @@ class _Run:
         from adapt.data.stream import eval_batches
         from adapt.evaluate.context import EvalContext
         from adapt.evaluate.runner import evaluate
+        from adapt.generation.contract import Contract
 
         world = self.world
         sets = {
@@ -255,7 +260,7 @@ class _Run:
             eval_sets=sets,
             reduce=reduce,
             facts=self.facts,
-            block_size=objective.export_fields().get("block_size"),
+            contract=Contract.of(objective.export_fields()),
             device=world.device,
             seed=recipe.run.seed,
         )

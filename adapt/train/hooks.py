@@ -34,11 +34,12 @@ class Hooks:
         root: nn.Module,
         optimizer: torch.optim.Optimizer,
         measure: Callable[[], dict[str, float]],
+        observe: Callable[[dict[str, float]], dict[str, float]],
         loggers: list[Any],
         progress: Progress | None,
     ):
         self.recipe, self.folder, self.state, self.world, self.flag = recipe, folder, state, world, flag
-        self.root, self.optimizer, self.measure = root, optimizer, measure
+        self.root, self.optimizer, self.measure, self.observe = root, optimizer, measure, observe
         self.loggers, self.progress = loggers, progress
         self.deadline = time.monotonic() + seconds(recipe.trainer.max_time) if recipe.trainer.max_time else math.inf
         self.saved_step = -1
@@ -77,6 +78,7 @@ class Hooks:
         self.root.eval()
         results = self.measure()
         self.root.train()
+        self.state.objective = self.observe(results)
         if self.world.main:
             for logger in self.loggers:
                 values = {f"eval/{k}": v for k, v in results.items()} | {"stage": self.state.stage}

@@ -30,6 +30,8 @@ class State:
     """Stop rules: metric -> [lowest value so far, evaluations since]."""
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     """`before` and `after`: evaluation results."""
+    objective: dict[str, float] = field(default_factory=dict)
+    """What the objective learned from evaluations (`Objective.observe`)."""
     data: str = ""
     """Fingerprint of the stage's data."""
 

@@ -26,6 +26,7 @@ def measure(rank: int, world: int) -> dict[str, float]:
     from adapt.distributed.shard import make_mesh, shard
     from adapt.distributed.world import World
     from adapt.evaluate.context import EvalContext
+    from adapt.generation.contract import Contract
     from adapt.models import attention
     from adapt.objectives.base import Facts
     from adapt.train.root import Root
@@ -45,7 +46,7 @@ def measure(rank: int, world: int) -> dict[str, float]:
         eval_sets={"text": lambda: rows(rank, world)},
         reduce=lambda sums: dict(zip(sums, here.sum([float(v) for v in sums.values()]), strict=True)),
         facts=Facts(mask_token_id=MASK),
-        block_size=4,
+        contract=Contract(block_size=4),
     )
     results = {}
     for name, fields in (("bpb", {}), ("masked_ce", {"t": (0.5, 1.0)}), ("tokens_per_forward", PROMPTS)):

@@ -7,11 +7,15 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from adapt.components import BlockSizesChoice
+from adapt.config import decode
 from adapt.models import attention
 from adapt.models.layout import Layout
 from adapt.objectives.base import Facts
-from adapt.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig, Growth
+from adapt.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig
 from tests.batches import packed
+
+GROWTH = decode({"name": "geometric", "start": 2, "every": 1}, BlockSizesChoice)
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def counters(monkeypatch):
 
 def test_no_recompilation_across_growth_steps(counters):
     """Invariant 10, last part: blocks 2, 4, 8, other noise and other documents go through the first step's code."""
-    config = BlockDiffusionConfig(block_size=8, growth=Growth(start=2, every=1))
+    config = BlockDiffusionConfig(block_size=8, growth=GROWTH)
     objective = BlockDiffusion(config, Facts(mask_token_id=3))
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 256, 16), torch.randn(2, 2, 256, 16), torch.randn(2, 2, 256, 16)

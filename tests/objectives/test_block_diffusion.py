@@ -8,28 +8,28 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt.config import resolve
+from adapt.components import BlockSizesChoice
+from adapt.config import decode, resolve
 from adapt.data.batch import Batch
 from adapt.errors import UserError
+from adapt.generation.contract import Contract
 from adapt.models import attention
 from adapt.models.layout import Layout
 from adapt.objectives.base import Facts, Models
-from adapt.objectives.block_diffusion import (
-    BlockDiffusion,
-    BlockDiffusionConfig,
-    Growth,
-    ar_weight_at,
-    block_size_at,
-    draw_mask,
-    fixed_t,
-    stratified,
-)
+from adapt.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig, fixed_t
+from adapt.objectives.blocks import Blocks
+from adapt.objectives.masking import Noise, draw, stratified
 from adapt.objectives.next_token import NextToken
+from adapt.train.validate import selections
 from tests import tiny
 from tests.batches import packed
 
 MASK = 3
 FACTS = Facts(mask_token_id=MASK)
+
+
+def growing(name: str, **fields) -> BlockSizesChoice:
+    return decode({"name": name, **fields}, BlockSizesChoice)
 
 
 def objective(b: int, **config) -> BlockDiffusion:
@@ -130,7 +130,7 @@ def test_doubling_the_padding_changes_nothing():
     """Invariant 8, second half. The noise of real tokens must not depend on what follows them: t is drawn per block,
     so the comparison fixes it."""
     model = attention.use(tiny.tiny_model(dtype=torch.float64))
-    goal = fixed_t(BlockDiffusionConfig(), FACTS, 4, 1.0)
+    goal = fixed_t(Contract(block_size=4), FACTS, 1.0)
     short, long = packed([[15, 6]], pad=4), packed([[15, 6]], pad=8)
     long.input_ids[:, :25], long.labels[:, :25] = short.input_ids, short.labels
     assert_same(gradients(model, total(model, goal, [short])), gradients(model, total(model, goal, [long])), 1e-11)
@@ -145,24 +145,27 @@ def test_block_first_prompt_and_padding_are_never_masked(documents, b):
     if prepared.inputs["input_ids"].shape[1] == batch.input_ids.shape[1]:
         return  # nothing was maskable
     masked = prepared.inputs["input_ids"][:, : batch.input_ids.shape[1]] == MASK
-    assert not (masked & (batch.position_ids % b == 0)).any()
+    assert not (masked & Blocks.of(batch, b, "response", 0).first).any()
     assert not (masked & (batch.role != 2)).any()
     assert torch.equal(prepared.inputs["input_ids"][:, batch.input_ids.shape[1] :], batch.input_ids)
+
+
+def draws(batch, b, seed, t=None, maskable=None, **noise):
+    every = torch.ones_like(batch.input_ids, dtype=torch.bool) if maskable is None else maskable
+    return draw(batch, Blocks.of(batch, b, "zero", seed), every, Noise(**noise), seed, t).hidden
 
 
 def test_masked_fraction_follows_t():
     """Invariant 9: E[masked] is p(t); over many rows the mean is 1/2, and per block it is uniform over [0, 1]."""
     batch = packed([[256]] * 200)
-    block = batch.position_ids // 32
-    everything = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    masked = draw_mask(batch, block, everything, 1e-3, seed=0)
+    masked = draws(batch, 32, 0)
     assert abs(masked.float().mean() - 0.5) < 0.01
     fractions = masked.view(200, 8, 32).float().mean(-1)
     quarters = torch.histc(fractions, 4, 0, 1) / fractions.numel()
     assert (quarters - 0.25).abs().max() < 0.04
     for t in (0.25, 0.75):
-        assert abs(draw_mask(batch, block, everything, 1e-3, 0, t).float().mean() - t) < 0.01
-    assert draw_mask(batch, block, everything, 1e-3, 0, 1.0).all()
+        assert abs(draws(batch, 32, 0, t).float().mean() - t) < 0.01
+    assert draws(batch, 32, 0, 1.0).all()
 
 
 def test_noise_is_stratified_within_a_row_in_random_order():
@@ -180,40 +183,43 @@ def test_noise_is_stratified_within_a_row_in_random_order():
 def test_noise_depends_on_seed_epoch_and_sample_alone():
     """Row 3 of a large batch has the noise it has alone; another epoch, seed or sample has another."""
     batch = packed([[64]] * 5)
-    block, every = batch.position_ids // 8, torch.ones_like(batch.input_ids, dtype=torch.bool)
-    whole = draw_mask(batch, block, every, 1e-3, seed=4)
-    alone = draw_mask(batch.rows(3, 4), block[3:4], every[3:4], 1e-3, seed=4)
+    whole, alone = draws(batch, 8, 4), draws(batch.rows(3, 4), 8, 4)
     assert torch.equal(whole[3:4], alone)
     assert not torch.equal(whole[3], whole[2])
-    assert not torch.equal(draw_mask(batch, block, every, 1e-3, seed=5)[3:4], alone)
+    assert not torch.equal(draws(batch, 8, 5)[3:4], alone)
     later = Batch(**{**vars(batch), "epoch": batch.epoch + 1})
-    assert not torch.equal(draw_mask(later, block, every, 1e-3, seed=4)[3:4], alone)
+    assert not torch.equal(draws(later, 8, 4)[3:4], alone)
 
 
 def test_block_growth_schedule():
     """Invariant 10: values at the ends of plateaus, the cap, and before the schedule starts."""
-    config = BlockDiffusionConfig(block_size=32, growth=Growth(start=1, factor=2, every=500, after=100))
-    assert [block_size_at(config, s) for s in (0, 100, 599)] == [1, 1, 1]
+    config = BlockDiffusionConfig(block_size=32, growth=growing("geometric", every=500, after=100))
+    assert [config.size_at(s) for s in (0, 100, 599)] == [1, 1, 1]
     for k in range(1, 6):
         edge = 100 + k * 500
-        assert (block_size_at(config, edge - 1), block_size_at(config, edge)) == (2 ** (k - 1), 2**k)
-    assert block_size_at(config, 10**9) == 32
-    odd = BlockDiffusionConfig(block_size=12, growth=Growth(start=2, factor=3, every=1))
-    assert [block_size_at(odd, s) for s in range(4)] == [2, 6, 12, 12]
-    goal = BlockDiffusion(config, FACTS)
-    assert block_size_at(config, goal.largest_step()) == 32
+        assert (config.size_at(edge - 1), config.size_at(edge)) == (2 ** (k - 1), 2**k)
+    assert config.size_at(10**9) == 32
+    odd = BlockDiffusionConfig(block_size=12, growth=growing("geometric", start=2, factor=3, every=1))
+    assert [odd.size_at(s) for s in range(4)] == [2, 6, 12, 12]
+
+
+def test_published_growth_schedules():
+    """I-DLM's 1, 2, 3; LLaDA2.0's up and down again; Fast-dVLM's sqrt(progress)."""
+    idlm = BlockDiffusionConfig(block_size=3, growth=growing("plateaus", sizes=[1, 2, 3], steps=[0, 10, 20]))
+    assert [idlm.size_at(s) for s in (0, 9, 10, 19, 20, 99)] == [1, 1, 2, 2, 3, 3]
+    llada = BlockDiffusionConfig(block_size=32, growth=growing("plateaus", sizes=[1, 4, 64, 32], steps=[0, 5, 9, 30]))
+    assert [llada.size_at(s) for s in (4, 5, 29, 30)] == [1, 4, 64, 32]
+    root = BlockDiffusionConfig(block_size=32, growth=growing("sqrt", over=1600))
+    assert [root.size_at(s) for s in (0, 99, 100, 399, 400, 899, 900, 1600, 9999)] == [4, 4, 8, 8, 16, 16, 32, 32, 32]
+    for config, largest in ((idlm, 3), (llada, 64), (root, 32)):
+        assert config.size_at(BlockDiffusion(config, FACTS).largest_step()) == largest
 
 
 def test_ar_weight_follows_the_blocks():
-    config = BlockDiffusionConfig(block_size=16, growth=Growth(start=1, every=10), ar_weight=1.0, ar_weight_end=0.2)
-    assert [round(ar_weight_at(config, s), 6) for s in (0, 10, 20, 30, 40, 99)] == [
-        1.0,
-        0.8,
-        0.6,
-        0.4,
-        0.2,
-        0.2,
-    ]
+    growth = growing("geometric", every=10)
+    config = BlockDiffusionConfig(block_size=16, growth=growth, ar_weight=1.0, ar_weight_end=0.2)
+    weights = [round(config.ar_weight_at(s), 6) for s in (0, 10, 20, 30, 40, 99)]
+    assert weights == [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
 
 
 def test_mask_token_gets_no_probability():
@@ -229,7 +235,7 @@ RECIPE = {
     "run": {"name": "x"},
     "model": {"base": "somewhere", "conversions": ["mask_token"]},
     "data": {"train": [{"source": "text:corpus"}], "seq_len": 64},
-    "objective": {"name": "block_diffusion", "block_size": 8, "growth": {"start": 2}},
+    "objective": {"name": "block_diffusion", "block_size": 8, "growth": {"name": "geometric", "start": 2}},
     "optimizer": "adamw",
     "schedule": "cosine",
     "trainer": {"steps": 1, "batch_tokens": 64},
@@ -242,19 +248,40 @@ RECIPE = {
         ({"objective": {"name": "block_diffusion", "block_size": 128}}, "objective.block_size"),
         ({"objective": {"name": "block_diffusion", "ar_weight": 0.0}}, "objective.growth.start"),
         (
-            {"objective": {"name": "block_diffusion", "block_size": 8, "growth": {"start": 16}}},
+            {"objective": {"name": "block_diffusion", "block_size": 8, "growth": {"name": "geometric", "start": 16}}},
             "objective.growth.start",
         ),
-        ({"objective": {"name": "block_diffusion", "epsilon": 1.5}}, "objective.epsilon"),
+        ({"objective": {"name": "block_diffusion", "noise": {"epsilon": 1.5}}}, "objective.noise.epsilon"),
+        ({"objective": {"name": "block_diffusion", "noise": {"t_min": 0.9, "t_max": 0.1}}}, "objective.noise.t_min"),
+        ({"objective": {"name": "block_diffusion", "noise": {"search": True}}}, "objective.noise.search"),
+        ({"objective": {"name": "block_diffusion", "context": "block"}}, "objective.ar_weight"),
+        ({"objective": {"name": "block_diffusion", "block_size": None}}, "objective.growth"),
+        ({"objective": {"name": "block_diffusion", "annealed": 5}}, "objective.annealed"),
+        (
+            {"objective": {"name": "block_diffusion", "growth": None, "annealed": 5, "context": "block"}},
+            "objective.annealed",
+        ),
+        (
+            {"objective": {"name": "block_diffusion", "weighting": "elbo", "noise": {"complementary": True}}},
+            "objective.weighting",
+        ),
         ({"model": {"base": "somewhere"}}, "model.conversions"),
     ],
 )
 def test_impossible_settings_are_named(change, where):
     """Invariant 14, the objective's share of it."""
     recipe = resolve({**RECIPE, **change}).recipe
-    assert where in [p.where for p in recipe.objective.config.problems(recipe)]
-    good = resolve(RECIPE).recipe
-    assert list(good.objective.config.problems(good)) == []
+    assert where in [p.where for p in problems(recipe)]
+    assert problems(resolve(RECIPE).recipe) == []
+
+
+def problems(recipe):
+    return [
+        p
+        for _, choice in selections(recipe)
+        if hasattr(choice.config, "problems")
+        for p in choice.config.problems(recipe)
+    ]
 
 
 def test_unknown_key_of_the_objective_is_refused():

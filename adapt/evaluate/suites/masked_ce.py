@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapt.components import suites
 from adapt.errors import Problem, UserError
 from adapt.evaluate.context import EvalContext, Suite
+from adapt.generation.contract import Contract
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,7 @@ class MaskedCeConfig:
             raise ValueError(f"t={list(self.t)} must be one or more numbers in (0, 1]")
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if self.block_size is None and not hasattr(recipe.objective.config, "block_size"):
-            yield Problem(
-                "",
-                f"masked_ce needs a block size, and the objective {recipe.objective.name!r} has none: write "
-                f"{{name: masked_ce, block_size: 8}}",
-            )
+        yield from size_problem("masked_ce", self.block_size, recipe)
 
 
 @suites.register("masked_ce")
@@ -47,10 +43,11 @@ def masked_ce(config: MaskedCeConfig) -> Suite:
 
 
 def measure(config: MaskedCeConfig, context: EvalContext) -> dict[str, float]:
-    from adapt.objectives.block_diffusion import BlockDiffusionConfig, fixed_t
+    from adapt.objectives.block_diffusion import fixed_t
 
-    size = target_block_size("masked_ce", config.block_size, context)
-    objectives = {t: fixed_t(BlockDiffusionConfig(block_size=size), context.facts, size, t) for t in config.t}
+    contract = contract_at("masked_ce", config.block_size, context)
+    objectives = {t: fixed_t(contract, context.facts, t) for t in config.t}
+    size = "doc" if contract.block_size is None else contract.block_size
     results = {}
     for label in context.datasets:
         sums = {f"{kind}/{t}": 0.0 for t in config.t for kind in ("nats", "tokens")}
@@ -66,14 +63,24 @@ def measure(config: MaskedCeConfig, context: EvalContext) -> dict[str, float]:
     return results
 
 
+def size_problem(suite: str, own: int | None, recipe) -> Iterator[Problem]:
+    if own is None and not hasattr(recipe.objective.config, "block_size"):
+        yield Problem(
+            "",
+            f"{suite} needs a block size, and the objective {recipe.objective.name!r} has none: write "
+            f"{{name: {suite}, block_size: 8}}",
+        )
+
+
 def ratio(nats: float, tokens: float) -> float:
     return nats / tokens if tokens else math.nan
 
 
-def target_block_size(suite: str, own: int | None, context: EvalContext) -> int:
-    """The suite's own block size or the context's; a letter where there is neither, or no mask token."""
-    size = context.block_size if own is None else own
-    if size is None:
+def contract_at(suite: str, own: int | None, context: EvalContext) -> Contract:
+    """The context's contract at the suite's own block size, where it has one; a letter where there is none at all, or
+    no mask token."""
+    contract = context.contract if own is None else replace(context.contract, block_size=own)
+    if contract.block_size is None and contract.context_mask != "document":
         raise UserError(
             f"suite {suite} needs a block size, and neither objective nor model states one: "
             f"give it in the recipe, {{name: {suite}, block_size: 8}}"
@@ -83,4 +90,4 @@ def target_block_size(suite: str, own: int | None, context: EvalContext) -> int:
             f"suite {suite} needs a mask token, and the model's config states none (mask_token_id): it measures "
             f"block-diffusion models only; leave it out of the suites"
         )
-    return size
+    return contract

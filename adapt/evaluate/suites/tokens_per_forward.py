@@ -17,7 +17,7 @@ from adapt.components import suites
 from adapt.data.batch import PAD, Batch
 from adapt.errors import Problem, UserError
 from adapt.evaluate.context import EvalContext, Suite
-from adapt.evaluate.suites.masked_ce import target_block_size
+from adapt.evaluate.suites.masked_ce import contract_at, size_problem
 
 Beginning = tuple[tuple[int, int], list[int]]
 """(row of the dataset, column), first tokens of the document."""
@@ -46,12 +46,7 @@ class TokensPerForwardConfig:
             raise ValueError(f"block_size={self.block_size} must be 1 or more")
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if self.block_size is None and not hasattr(recipe.objective.config, "block_size"):
-            yield Problem(
-                "",
-                f"tokens_per_forward needs a block size, and the objective {recipe.objective.name!r} has none: "
-                f"write {{name: tokens_per_forward, block_size: 8}}",
-            )
+        yield from size_problem("tokens_per_forward", self.block_size, recipe)
 
 
 @suites.register("tokens_per_forward")
@@ -62,7 +57,7 @@ def tokens_per_forward(config: TokensPerForwardConfig) -> Suite:
 def measure(config: TokensPerForwardConfig, context: EvalContext) -> dict[str, float]:
     from adapt.generation.block_diffusion import BlockDiffusionConfig, BlockDiffusionSampler
 
-    size = target_block_size("tokens_per_forward", config.block_size, context)
+    size = contract_at("tokens_per_forward", config.block_size, context).block_size
     found = prompts(config, context)
     results = {}
     for tau in config.thresholds:
