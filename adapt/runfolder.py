@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from adapt.config.text import read_yaml
 from adapt.console import printable
 from adapt.errors import Problem, UserError
 
-CONFIG, ENVIRONMENT, METRICS, LOG = "config.yaml", "environment.json", "metrics.jsonl", "log.txt"
+CONFIG, ENVIRONMENT, METRICS, LOG, DATA = "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "data.json"
 
 MAY_CHANGE = (
     "run.dir",
@@ -46,15 +47,22 @@ Everything else would make it another run."""
 class RunFolder:
     def __init__(self, path: Path, *, main: bool = True, resumed: bool = False):
         self.path, self.main, self.resumed = path, main, resumed
+        self.changed: list[tuple[str, str, str]] = []
+        self._has_data = resumed
 
     @classmethod
-    def create(cls, resolved: Resolved, resume: str = "no", *, main: bool = True) -> RunFolder:
-        """The folder of a run about to start (`no`), to go on (`yes`), or either (`auto`)."""
+    def create(cls, resolved: Resolved, resume: str = "no") -> RunFolder:
+        """The folder of a run about to start (`no`), to go on (`yes`), or either (`auto`). Writes nothing: `begin` does.
+
+        A run that came to an end before its first step and checkpoint has not started, and may be started again."""
         path = Path(resolved.recipe.run.dir) / resolved.recipe.run.name
-        if not main:
-            return cls(path, main=False, resumed=resume != "no" and any((path / "checkpoints").glob("step-*")))
         exists = (path / CONFIG).is_file()
-        if resume == "no" and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        started = any((path / "checkpoints").glob("step-*")) or _logged(path / METRICS)
+        if (
+            resume == "no"
+            and path.exists()
+            and (not path.is_dir() or (any(path.iterdir()) and (started or not exists)))
+        ):
             what = "holds a run already" if exists else "exists already, and it is not a run"
             go_on = "go on with it (--resume), " if exists else ""
             raise UserError(Problem("run.name", f"{path} {what}: {go_on}choose another run.name, or delete it"))
@@ -66,9 +74,9 @@ class RunFolder:
                     f"--resume=auto to do either",
                 )
             )
-        folder = cls(path, resumed=exists)
-        before = folder.resolved() if exists else None
-        changed = _changes(before, resolved) if before else []
+        folder = cls(path, resumed=exists and resume != "no")
+        before = folder.resolved() if exists and started else None
+        folder.changed = changed = _changes(before, resolved) if before else []
         refused = [Problem(key, f"was {old}, is now {new}") for key, old, new in changed if not _may_change(key)]
         if refused:
             raise UserError(
@@ -81,8 +89,13 @@ class RunFolder:
                     ),
                 ]
             )
-        folder._make(resolved, changed)
         return folder
+
+    @classmethod
+    def follow(cls, resolved: Resolved, resume: str) -> RunFolder:
+        """The same folder as seen from the other ranks, which write nothing."""
+        path = Path(resolved.recipe.run.dir) / resolved.recipe.run.name
+        return cls(path, main=False, resumed=resume != "no" and any((path / "checkpoints").glob("step-*")))
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
@@ -119,12 +132,30 @@ class RunFolder:
         self._write(name, json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def log(self, line: str) -> None:
-        """A time-stamped line in log.txt."""
-        if self.main:
+        """A time-stamped line in log.txt. A disk that is full must not end a run before its checkpoint does."""
+        if not self.main:
+            return
+        try:
             with open(self.path / LOG, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
+        except OSError as error:
+            warnings.warn(f"{self.path / LOG} cannot be written ({error.strerror}); its lines are lost", stacklevel=2)
 
-    def _make(self, resolved: Resolved, changed: list[tuple[str, str, str]]) -> None:
+    def add_data(self, manifest: dict[str, Any]) -> None:
+        """Into data.json: what a stage trains and measures on, besides what the stages before it used."""
+        try:
+            known = json.loads((self.path / DATA).read_text(encoding="utf-8")) if self._has_data else {}
+        except (OSError, ValueError):
+            known = {}
+        train, held_out = known.get("train", []), known.get("eval", {})
+        keys = {entry["config_fingerprint"] for entry in train}
+        train += [entry for entry in manifest["train"] if entry["config_fingerprint"] not in keys]
+        self.write_json(DATA, {**manifest, "train": train, "eval": {**held_out, **manifest["eval"]}})
+        self._has_data = True
+
+    def begin(self, resolved: Resolved) -> None:
+        """Make the folder: everything that can be refused has been."""
+        changed = self.changed
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.write_config(resolved)
@@ -149,8 +180,21 @@ class RunFolder:
         if not self.main:
             return
         partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self.path / name)
+        except OSError as error:
+            raise UserError(
+                Problem("run.dir", f"{self.path / name} cannot be written: {error.strerror}. Make room, then --resume")
+            ) from None
+
+
+def _logged(metrics: Path) -> bool:
+    """Whether a step was made, as far as the metrics tell."""
+    try:
+        return any('"loss"' in line for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines())
+    except OSError:
+        return False
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -55,17 +55,36 @@ def save(
             f"The checkpoints before it are intact. Make room (or point run.dir elsewhere) and go on with --resume."
         )
     if world.main:
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = folder / f".replaced-{final.name}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():  # moved aside, not deleted: between any two of these lines one of them is whole
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
     world.barrier()
     return final
 
 
+def recover(folder: Path) -> None:
+    """Clean up after a save that was killed: take back a checkpoint it had moved aside, delete what is incomplete."""
+    for replaced in folder.glob(".replaced-step-*"):
+        final = folder / replaced.name.removeprefix(".replaced-")
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.replace(replaced, final)
+    for partial in folder.glob(".partial-step-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill model and optimizer from a checkpoint of any world size."""
-    tensors = _tensors(root, optimizer)
     reader = _Reader(str(path))
     try:
+        saved = reader.read_metadata().state_dict_metadata
+        if not any(name.startswith("optimizer/") for name in saved):
+            optimizer = None  # saved before its first step: it starts as it is
+        tensors = _tensors(root, optimizer, filling=True)
         dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except (
         dcp.api.CheckpointException,
@@ -107,11 +126,14 @@ def prune(folder: Path, keep: int, protect: set[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _tensors(root: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Flat name -> tensor. A tied parameter appears once; frozen teachers are not part of a run's state."""
+def _tensors(
+    root: nn.Module, optimizer: torch.optim.Optimizer | None, *, filling: bool = False
+) -> dict[str, torch.Tensor]:
+    """Flat name -> tensor. A tied parameter appears once; frozen teachers are not part of a run's state. `filling`: the
+    tensors are about to be read into, so an optimizer without state gets some (torch makes an empty step for it)."""
     tensors = {f"model/{n}": p.detach() for n, p in root.named_parameters() if not n.startswith("teacher.")}
     tensors |= {f"buffer/{n}": b for n, b in root.student.named_buffers() if n in root.student.state_dict()}
-    if optimizer is not None:
+    if optimizer is not None and (optimizer.state or filling):
         for name, entries in get_optimizer_state_dict(root, optimizer)["state"].items():
             tensors |= {f"optimizer/{name}/{key}": value for key, value in entries.items()}
     return tensors

@@ -7,11 +7,18 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from adapt.errors import UserError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others; data preparation on rank 0 is the longest wait."""
@@ -46,6 +53,29 @@ class World:
         tensor = torch.tensor(numbers, dtype=torch.int64 if exact else torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over all ranks, on its own device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def on_main(world: World, work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 while the others wait. An error of the user's is raised there and told once: the other ranks
+    leave without a word."""
+    result, error = None, None
+    if world.main:
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+    failed = world.sum([int(error is not None)])[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(0)  # rank 0 has the exit code that counts
+    return result
 
 
 def start(devices: int | str) -> World:

@@ -16,6 +16,7 @@ from adapt.distributed import checkpoint
 from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
+from adapt.pretrained import load_tokenizer
 from adapt.runfolder import RunFolder
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import export, show_samples
@@ -30,14 +31,15 @@ def fit(resolved: Resolved, resume: str = "no") -> int:
     """Train, evaluate, export and report. Returns the exit code 0; raises UserError (2) or StopRequested (75)."""
     from adapt.train.validate import check_or_raise
 
+    began = time.monotonic()
     check_or_raise(resolved)
     _quiet()
     world = worlds.start(resolved.recipe.trainer.devices)
     try:
-        folder = RunFolder.create(resolved, resume, main=world.main)
-        world.barrier()
+        folder = worlds.on_main(world, lambda: RunFolder.create(resolved, resume))
+        folder = folder or RunFolder.follow(resolved, resume)
         with StopFlag() as flag:
-            _Run(resolved, folder, world, flag).go()
+            _Run(resolved, folder, world, flag, began).go()
     finally:
         worlds.stop()
     return 0
@@ -46,17 +48,19 @@ def fit(resolved: Resolved, resume: str = "no") -> int:
 class _Run:
     """The objects of one run that live across its stages."""
 
-    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag):
-        from adapt.pretrained import load_tokenizer
-
-        self.resolved, self.folder, self.world, self.flag = resolved, folder, world, flag
+    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float):
+        self.resolved, self.folder, self.world, self.flag, self.began = resolved, folder, world, flag, began
         recipe = resolved.recipe
-        self.tokenizer = load_tokenizer(recipe)
-        self.data = self._prepare(recipe)
+        self.tokenizer = worlds.on_main(world, lambda: load_tokenizer(recipe)) or load_tokenizer(recipe)
+        self.data, self.data_of = self._prepare(recipe), recipe.data
         student = build_student(recipe, self.tokenizer)
         self.facts = facts_of(recipe, student)
         self.root = build_root(recipe, student, world)
         self.state = State()
+        if world.main:
+            folder.begin(resolved)  # nothing is left behind by a start that failed before this
+            checkpoint.recover(folder.checkpoints)
+        world.barrier()
         saved = checkpoint.checkpoints(folder.checkpoints)
         self.resume_from = saved[-1] if folder.resumed and saved else None
         if self.resume_from:
@@ -71,25 +75,25 @@ class _Run:
         """Rank 0 prepares the shards, the others find them ready."""
         from adapt.data.prepare import prepare
 
-        data = prepare(recipe, self.tokenizer, progress=True) if self.world.main else None
-        self.world.barrier()
-        data = data or prepare(recipe, self.tokenizer, progress=False)
-        if self.world.main:
-            self.folder.write_json("data.json", data.manifest)
-        return data
+        data = worlds.on_main(self.world, lambda: prepare(recipe, self.tokenizer, progress=True))
+        return data or prepare(recipe, self.tokenizer, progress=False)
 
     def go(self) -> None:
         leak_probe(self.root, self.facts.attention, self.root.student.config.vocab_size, self.world)
-        stages = self.resolved.stages
-        if self.resume_from and self.state.stage >= len(stages):
+        stages, state = self.resolved.stages, self.state
+        last = len(stages) - 1
+        if state.finished == "steps" and total_steps(stages[last]) > state.stage_step:
+            self._say(f"{total_steps(stages[last]) - state.stage_step} steps were added to the finished run")
+            state.finished = ""
+        if state.finished:
             self._say(f"all {len(stages)} stage(s) were done before; exporting again")
             checkpoint.load(self.resume_from, self.root, None)
         hooks = None
-        while self.state.stage < len(stages):
-            hooks = self._stage(stages[self.state.stage], hooks.optimizer if hooks else None)
-        self._finish(stages[-1])
+        while not state.finished:
+            hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
+        self._finish(stages[last])
 
-    def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None) -> Hooks:
+    def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None, *, last: bool) -> Hooks:
         import lightning.pytorch as L
 
         from adapt.data.rows import Rows
@@ -108,12 +112,13 @@ class _Run:
             moments = before.state_dict()["state"]  # the groups (lr, decay) are this stage's own
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.resume_from:
-            checkpoint.load(self.resume_from, self.root, optimizer)
-        if recipe.data != self.resolved.recipe.data:
-            self.data = self._prepare(recipe)
+            afresh = state.stage_step == 0 and recipe.optimizer_state == "reset"  # it holds the stage before's moments
+            checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)
+        if recipe.data != self.data_of:
+            self.data, self.data_of = self._prepare(recipe), recipe.data
+        self._same_data()
         rows = [Rows(shards, recipe.data.seq_len, recipe.run.seed) for shards in self.data.train]
         stream = TrainStream(rows, [d.weight for d in recipe.data.train], recipe.run.seed)
-        self._same_data(stream.fingerprint)
         total = total_steps(recipe)
         rows_per_step = self._rows_per_step(recipe)
         progress = None
@@ -136,11 +141,12 @@ class _Run:
             observe=objective.observe,
             loggers=self.loggers,
             progress=progress,
+            began=self.began,
         )
         if self.resume_from:
             hooks.saved_step = state.step
         microbatch = self._rehearse(recipe, objective, stream, rows_per_step, total, trainable, progress)
-        if state.stage == 0 and state.step == 0 and "before" not in state.results:
+        if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
         self.resume_from = None
         module = Stage(
@@ -181,22 +187,28 @@ class _Run:
             raise StopRequested(
                 f"stopped on request ({reason}) after step {state.step}; checkpoint saved. Go on with --resume."
             )
-        if state.stage == len(self.resolved.stages) - 1:
+        if last:
             state.results["after"] = hooks.evaluate()
-        state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-        state.minima, state.objective, state.data = {}, {}, ""
+            state.finished = "rule" if hooks.ended_by_rule else "steps"
+        else:
+            state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
+            state.minima, state.objective, state.data = {}, {}, {}
         hooks.saved_step = -1
         hooks.save()
         return hooks
 
-    def _same_data(self, fingerprint: str) -> None:
-        if self.state.data not in ("", fingerprint):
+    def _same_data(self) -> None:
+        """The stage's data is what its checkpoints were made with; then it goes into the manifest of the run."""
+        found = {f"data.train[{i}] ({s.label})": s.fingerprint for i, s in enumerate(self.data.train)}
+        changed = [name for name, fingerprint in found.items() if self.state.data.get(name, fingerprint) != fingerprint]
+        if changed:
             raise UserError(
-                f"the training data changed since this run's checkpoint (fingerprint {self.state.data} -> "
-                f"{fingerprint}), so the run cannot go on exactly. Restore the data, or start a new run "
-                f"(another run.name) from the export of this one."
+                f"the training data changed since this run's checkpoint: {', '.join(changed)}. The run cannot go on "
+                f"exactly. Restore the data, or start a new run (another run.name) from the export of this one."
             )
-        self.state.data = fingerprint
+        self.state.data = found
+        if self.world.main:
+            self.folder.add_data(self.data.manifest)
 
     def _rows_per_step(self, recipe: Recipe) -> int:
         rows, extra = divmod(recipe.trainer.batch_tokens, recipe.data.seq_len)
@@ -268,10 +280,12 @@ class _Run:
 
     def _finish(self, recipe: Recipe) -> None:
         """Samples, export, report: what the user came for."""
+        objective = recipe.objective.build(self.facts)
+        fields = objective.export_fields()
+        self.root.student.config.update(fields)  # what samplers need to know
         if recipe.evaluation.best and self.state.best_step is not None:
-            self._take_best()
+            self._take_best(recipe, objective)
         samples = self._samples(recipe)
-        fields = recipe.objective.build(self.facts).export_fields()
         model = whole_student(recipe, self.tokenizer, self.root, self.world)
         if self.world.main:
             from rich.console import Console
@@ -301,11 +315,14 @@ class _Run:
             console.print(f"exported model: {self.folder.export}", soft_wrap=True)
         self.world.barrier()
 
-    def _take_best(self) -> None:
+    def _take_best(self, recipe: Recipe, objective) -> None:
+        """Export the best checkpoint, and say of it what was measured of it."""
         path = self.folder.checkpoints / f"step-{self.state.best_step}"
-        if path.is_dir():
+        if self.state.best_step != self.state.step and path.is_dir():
             checkpoint.load(path, self.root, None)
-            self._say(f"exporting the best checkpoint, {path.name}")
+            self._say(f"exporting the best checkpoint, {path.name}: {recipe.evaluation.best} {self.state.best:.4g}")
+            self.root.eval()
+            self.state.results["after"] = self._measure(recipe, objective)
 
     def _samples(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Every prompt through every sampler, on all ranks alike (the model may be sharded)."""

@@ -37,11 +37,13 @@ class Hooks:
         observe: Callable[[dict[str, float]], dict[str, float]],
         loggers: list[Any],
         progress: Progress | None,
+        began: float,
     ):
+        """`began`: when the process took up the run, on the monotonic clock; `trainer.max_time` counts from there."""
         self.recipe, self.folder, self.state, self.world, self.flag = recipe, folder, state, world, flag
         self.root, self.optimizer, self.measure, self.observe = root, optimizer, measure, observe
         self.loggers, self.progress = loggers, progress
-        self.deadline = time.monotonic() + seconds(recipe.trainer.max_time) if recipe.trainer.max_time else math.inf
+        self.deadline = began + seconds(recipe.trainer.max_time) if recipe.trainer.max_time else math.inf
         self.saved_step = -1
         self.ended_by_rule = ""
 
@@ -59,10 +61,14 @@ class Hooks:
             if self.progress:
                 self.progress.note(text)
 
+    def wants_stop(self) -> bool:
+        """Whether this rank was asked to stop, or its time is up; the ranks agree on it within the step."""
+        if time.monotonic() > self.deadline and not self.flag.reason:
+            self.flag.reason = f"trainer.max_time={self.recipe.trainer.max_time}"
+        return bool(self.flag.reason)
+
     def after_step(self, stage: Any) -> None:
         recipe, state = self.recipe, self.state
-        if time.monotonic() > self.deadline and not self.flag.reason:
-            self.flag.reason = f"trainer.max_time={recipe.trainer.max_time}"
         last = state.stage_step >= stage.total_steps
         if recipe.evaluation.every and state.stage_step % recipe.evaluation.every == 0 and not last:
             self.evaluate()
@@ -95,8 +101,7 @@ class Hooks:
         self._require("evaluation.best", metric, results)
         if self.state.best is None or results[metric] < self.state.best:
             self.state.best, self.state.best_step = results[metric], self.state.step
-            if self.state.step > 0:
-                self.save()
+            self.save()
 
     def _apply_rules(self, results: dict[str, float]) -> None:
         for rule in self.recipe.evaluation.stop:
@@ -153,8 +158,9 @@ class Hooks:
             self.save()
             gave_up = "" if policy == "stop" else f" for the {state.non_finite}th time (trainer.max_non_finite)"
             raise UserError(
-                f"{where}{gave_up}. The update was not made and the state before it is saved. Lower optimizer.lr or "
-                f"trainer.clip, look at the data of this step, or set trainer.non_finite=skip and --resume."
+                f"{where}{gave_up}. The update was not made and the state before it is saved. Look at the data of this "
+                f"step, go on without it (--resume trainer.non_finite=skip), or start again under another run.name "
+                f"with a lower optimizer.lr or trainer.clip."
             )
         if policy == "skip":
             self.note(f"{where}: update skipped ({state.non_finite} so far)")

@@ -88,7 +88,7 @@ class Stage(L.LightningModule):
             world=self.world,
             clip=self.recipe.trainer.clip,
             backward=self.manual_backward,
-            stop=bool(self.flag.reason),
+            stop=self.hooks.wants_stop(),
         )
         rewound = False
         if result.finite:
@@ -108,14 +108,12 @@ class Stage(L.LightningModule):
             self.trainer.should_stop = True
 
     def _log(self, result: Any, lr: float) -> None:
-        names = list(result.sums)
-        sums = dict(zip(names, self.world.sum([float(result.sums[n]) for n in names]), strict=True))
         now, (then, tokens) = time.perf_counter(), self.since
         self.since = (now, self.state.tokens)
         values = {
             "stage": self.state.stage,
             "tokens": self.state.tokens,
-            **loss_values(result, sums),
+            **loss_values(result),
             "lr": lr,
             "grad_norm": float(result.grad_norm),
             "tokens_per_s": (self.state.tokens - tokens) / max(1e-9, now - then),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -32,8 +32,10 @@ class State:
     """`before` and `after`: evaluation results."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
-    data: str = ""
-    """Fingerprint of the stage's data."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of each data set of the stage."""
+    finished: Literal["", "steps", "rule"] = ""
+    """What ended the last stage. After its steps, a resumed run with more of them goes on."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

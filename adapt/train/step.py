@@ -18,13 +18,14 @@ from adapt.objectives.base import Objective
 @dataclass(frozen=True)
 class StepResult:
     sums: dict[str, Tensor]
-    """Term -> sum over this rank's targets (device scalar)."""
+    """Term -> sum over the targets of all ranks (device scalar)."""
     counts: dict[str, int]
     """Term -> targets over all ranks and microbatches."""
     weights: dict[str, float]
     grad_norm: Tensor
     """Global norm before clipping (device scalar)."""
     finite: bool
+    """Whether every term's sum and the gradient are: an infinite loss may well have a finite gradient."""
     info: dict[str, float]
     stop: bool
     """Whether any rank was asked to stop."""
@@ -63,8 +64,10 @@ def gradients(
         for n in names:
             sums[n] += terms[n].detach().to(sums[n].dtype)
     norm = clip_gradients(root, clip)
+    whole = world.add_up(torch.stack([sums[n] for n in names]))
+    finite = torch.isfinite(whole).all() & torch.isfinite(norm)
     info = {k: sum(p.info[k] for p in prepared) / len(prepared) for k in prepared[0].info}
-    return StepResult(sums, totals, weights, norm, bool(torch.isfinite(norm)), info, bool(stopping))
+    return StepResult(dict(zip(names, whole, strict=True)), totals, weights, norm, bool(finite), info, bool(stopping))
 
 
 def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:
@@ -78,9 +81,9 @@ def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:
     return norm
 
 
-def loss_values(result: StepResult, sums: dict[str, float]) -> dict[str, float]:
-    """Logged values from sums over all ranks: `loss` and `loss/<term>` (each a mean over its count)."""
-    means = {n: sums[n] / max(1, result.counts[n]) for n in sums}
+def loss_values(result: StepResult) -> dict[str, float]:
+    """Logged values: `loss` and `loss/<term>` (each a mean over its count)."""
+    means = {n: float(s) / max(1, result.counts[n]) for n, s in result.sums.items()}
     return {
         "loss": sum(result.weights[n] * means[n] for n in means),
         **{f"loss/{n}": v for n, v in means.items()},

@@ -1,0 +1,183 @@
+"""Ends and beginnings of runs: finished ones go on or say so, stages keep their data, and nothing is lost in between."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapt.config import resolve
+from adapt.distributed import checkpoint
+from adapt.errors import StopRequested, UserError
+from adapt.objectives.block_diffusion import BlockDiffusion
+from adapt.train.fit import fit
+from tests import tiny
+from tests.recipes import corpus, tiny_recipe
+from tests.train.test_fit import launch, losses, stop_after, weights
+
+
+@pytest.fixture
+def dropout_base(tmp_path):
+    return tiny.save_tiny(tmp_path / "base", attention_dropout=0.2)
+
+
+def data_of(run: Path) -> dict:
+    return json.loads((run / "data.json").read_text())
+
+
+def test_a_finished_run_resumes_to_its_export(tiny_base, tmp_path, capsys):
+    """A second `make demo`, or a run killed while it exported: nothing is trained again, everything is shown again."""
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 2, "batch_tokens": 256})
+    fit(resolve(recipe))
+    run = tmp_path / "runs" / "tiny"
+    before = weights(run)
+    (run / "export" / "model.safetensors").unlink()
+    assert fit(resolve(recipe), "auto") == 0
+    assert all(torch.equal(before[k], v) for k, v in weights(run).items())
+    assert sorted(losses(run)) == [1, 2]
+    assert "done before" in capsys.readouterr().out
+
+
+def test_a_finished_run_goes_on_when_steps_are_added(dropout_base, tmp_path):
+    """With a constant rate, 3 steps and then 3 more are 6 steps."""
+    over = {"schedule": {"name": "constant"}}
+    straight = tiny_recipe(dropout_base, tmp_path, run={"name": "straight"}, **over)
+    fit(resolve(straight))
+    longer = tiny_recipe(dropout_base, tmp_path, run={"name": "longer"}, **over)
+    fit(resolve(longer | {"trainer": {**longer["trainer"], "steps": 3}}))
+    fit(resolve(longer), "yes")
+    runs = tmp_path / "runs"
+    assert losses(runs / "straight") == losses(runs / "longer")
+    a, b = weights(runs / "straight"), weights(runs / "longer")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_stopped_before_the_first_step_is_still_exact(dropout_base, tmp_path, monkeypatch):
+    """A checkpoint of step 0 has no optimizer state; one made up for it would count a step that never was."""
+    straight = tiny_recipe(dropout_base, tmp_path, run={"name": "straight"})
+    fit(resolve(straight))
+    broken = tiny_recipe(dropout_base, tmp_path, run={"name": "broken"})
+    broken["evaluation"] |= {"best": "bpb/held-out"}  # saves the start as the best so far
+    with monkeypatch.context() as patched, pytest.raises(StopRequested, match="after step 1"):
+        stop_after(patched, 1)
+        fit(resolve(broken))
+    folder = tmp_path / "runs" / "broken" / "checkpoints"
+    assert {p.name for p in checkpoint.checkpoints(folder)} == {"step-0", "step-1"}
+    import shutil
+
+    shutil.rmtree(folder / "step-1")
+    fit(resolve(broken), "yes")
+    assert losses(tmp_path / "runs" / "broken") == losses(tmp_path / "runs" / "straight")
+
+
+@pytest.mark.parametrize("moments", ["reset", "keep"])
+def test_resume_at_the_edge_of_two_stages(moments, dropout_base, tmp_path, monkeypatch):
+    """Killed right behind a stage's last checkpoint: the next one starts as it would have."""
+    stages = [
+        {"name": "a", "trainer": {"steps": 2}},
+        {"name": "b", "trainer": {"steps": 2}, "optimizer_state": moments},
+    ]
+    straight = tiny_recipe(dropout_base, tmp_path, run={"name": "straight"}) | {"stages": stages}
+    fit(resolve(straight))
+    broken = tiny_recipe(dropout_base, tmp_path, run={"name": "broken"}) | {"stages": stages}
+    from adapt.train import fit as module
+
+    original = module._Run._stage
+
+    def killed(self, recipe, before, *, last):
+        if last:
+            raise KeyboardInterrupt
+        return original(self, recipe, before, last=last)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module._Run, "_stage", killed)
+        fit(resolve(broken))
+    fit(resolve(broken), "yes")
+    runs = tmp_path / "runs"
+    assert losses(runs / "straight") == losses(runs / "broken")
+    a, b = weights(runs / "straight"), weights(runs / "broken")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_each_stage_trains_on_its_own_data(tiny_base, tmp_path, capsys):
+    """Stages A, B, A: the third is back on A's data, and the manifest of the run lists both."""
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 1, "batch_tokens": 256})
+    other = corpus(tmp_path, 25, seed=5)
+    data = {"train": [{"source": {"name": "jsonl", "path": str(other)}, "name": "other"}]}
+    stages = [{"name": "a"}, {"name": "b", "data": data}, {"name": "c"}]
+    fit(resolve(recipe | {"stages": stages}))
+    at_hand = [line for line in capsys.readouterr().out.splitlines() if "training tokens at hand" in line]
+    assert len(at_hand) == 3
+    assert at_hand[0] == at_hand[2] != at_hand[1]
+    run = tmp_path / "runs" / "tiny"
+    assert [entry["label"] for entry in data_of(run)["train"]] == ["train", "other"]
+    assert "other" in (run / "export" / "README.md").read_text()
+
+
+def test_changed_data_is_refused_by_name_before_anything_is_written(tiny_base, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tiny_base, tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(StopRequested):
+        stop_after(patched, 2)
+        fit(resolve(recipe))
+    before = data_of(tmp_path / "runs" / "tiny")
+    path = Path(recipe["data"]["train"][0]["source"]["path"])
+    path.write_text(path.read_text() + '\n{"text": "a document that was not there before, long enough to count here"}')
+    with pytest.raises(UserError, match=r"data\.train\[0\] \(train\)"):
+        fit(resolve(recipe), "yes")
+    assert data_of(tmp_path / "runs" / "tiny") == before
+
+
+def test_the_best_checkpoint_may_be_the_start(tiny_base, tmp_path):
+    """A run that only got worse exports what it started from, and its results say so."""
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 3, "batch_tokens": 256, "clip": None})
+    recipe |= {"optimizer": {"name": "adamw", "lr": 1.0}}
+    recipe["evaluation"] |= {"best": "bpb/held-out"}
+    fit(resolve(recipe))
+    run = tmp_path / "runs" / "tiny"
+    before = load_file(tiny_base / "model.safetensors")
+    exported = weights(run)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(exported[name], before[name])
+    state = checkpoint.read_state(checkpoint.checkpoints(run / "checkpoints")[-1])
+    card = (run / "export" / "README.md").read_text()
+    shown = f"{state['results']['before']['bpb/held-out']:.4g}"
+    assert f"`bpb/held-out` | {shown} | {shown}" in card
+
+
+def test_an_infinite_loss_with_finite_gradients_is_noticed(tiny_base, tmp_path, monkeypatch):
+    call = BlockDiffusion.__call__
+    monkeypatch.setattr(BlockDiffusion, "__call__", lambda *a: {k: v + float("inf") for k, v in call(*a).items()})
+    with pytest.raises(UserError, match=r"step 0: the loss term .* not finite"):
+        fit(resolve(tiny_recipe(tiny_base, tmp_path)))
+
+
+def test_a_checkpoint_moved_aside_by_a_killed_save_comes_back(tmp_path):
+    (tmp_path / ".replaced-step-4").mkdir()
+    (tmp_path / ".replaced-step-4" / "state.json").write_text("{}")
+    (tmp_path / ".partial-step-4").mkdir()
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / ".replaced-step-2").mkdir()
+    checkpoint.recover(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["step-2", "step-4"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-4"]
+
+
+def test_max_time_counts_from_the_start_and_stops_in_the_same_step(tiny_base, tmp_path):
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 6, "batch_tokens": 256, "max_time": "00:00:00"})
+    with pytest.raises(StopRequested, match=r"max_time=00:00:00.* after step 1"):
+        fit(resolve(recipe))
+
+
+def test_an_error_of_the_user_is_told_once_by_all_ranks(tiny_base, tmp_path):
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"devices": 2, "steps": 1})
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "precious.txt").write_text("x")
+    done = launch(recipe, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert "rank 1" not in done.stderr
