@@ -1,7 +1,8 @@
 """A mask token for a model that was trained without one (block-diffusion spec, section 2).
 
-Nothing is added that is already there: an explicit choice first, then the tokenizer's own mask token, an unused mask or
-reserved token, an embedding row no token has (Qwen2.5 has 271), and only then one new row.
+Nothing is added that is already there: an explicit choice first, then the mask token the model was trained with (its
+config's mask_token_id), the tokenizer's own, an unused mask or reserved token, an embedding row no token has (Qwen2.5
+has 271), and only then one new row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class MaskTokenConfig:
     """The same by id; the first id after the tokenizer's own takes a spare embedding row. null: choose."""
     init: Literal["mean", "keep"] = "mean"
     """Its input embedding: `mean` of all tokens' (a reused token must not start from another meaning, nor from a row
-    that never trained), or `keep` what an existing row holds."""
+    that never trained), or `keep` what an existing row holds. The row of a model's own mask token is always kept."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class MaskToken:
         import torch
 
         choice = choose(self.config, model.config, tokenizer)
+        known = getattr(model.config, "mask_token_id", None) == choice.id
         trained = torch.ones(model.config.vocab_size, dtype=torch.bool)
         trained[len(tokenizer) :] = False  # rows beyond the vocabulary are padding
         trained[choice.id : choice.id + 1] = False
@@ -69,7 +71,7 @@ class MaskToken:
             trained = torch.cat([trained, trained.new_zeros(choice.id + 1 - len(trained))])
         with torch.no_grad():
             embedding = model.get_input_embeddings().weight
-            if choice.how == "new" or self.config.init == "mean":
+            if choice.how == "new" or (self.config.init == "mean" and not known):
                 embedding[choice.id] = _mean(embedding, trained)
             head = model.get_output_embeddings()
             # an untied head's existing row already says how unlikely the token is; a new one starts in the middle
@@ -93,6 +95,8 @@ def choose(wish: MaskTokenConfig, config, tokenizer) -> Choice:
         choice = _by_id(wish, rows, spare, tokenizer)
     elif wish.token is not None and wish.token in vocab:
         choice = _named(wish.token, vocab, rows)
+    elif wish.token is None and getattr(config, "mask_token_id", None) is not None:
+        choice = _models_own(config.mask_token_id, rows, spare, tokenizer)
     elif wish.token is None and (name := _existing(config, tokenizer, vocab, rows)):
         choice = _named(name, vocab, rows)
     else:
@@ -110,6 +114,19 @@ def choose(wish: MaskTokenConfig, config, tokenizer) -> Choice:
 def _named(name: str, vocab: dict[str, int], rows: int) -> Choice:
     """A token of the vocabulary; one right behind the last row was added by an earlier pass over the same tokenizer."""
     return Choice(vocab[name], name, "new" if vocab[name] == rows else "existing")
+
+
+def _models_own(own: int, rows: int, spare: int, tokenizer) -> Choice:
+    if tokenizer.mask_token_id not in (None, own):
+        raise UserError(
+            Problem(
+                "",
+                f"the model's config has mask_token_id={own}, but the tokenizer's mask token {tokenizer.mask_token!r} "
+                f"is {tokenizer.mask_token_id}; say which: {{name: mask_token, id: {own}}}, or "
+                f"{{name: mask_token, id: {tokenizer.mask_token_id}}}",
+            )
+        )
+    return _by_id(MaskTokenConfig(id=own), rows, spare, tokenizer)
 
 
 def _by_id(wish: MaskTokenConfig, rows: int, spare: int, tokenizer) -> Choice:

@@ -26,6 +26,7 @@ def open_model(text: str) -> Opened:
 
     from adapt.config.schema import Model, Tokenizer
     from adapt.pretrained import load_model, load_tokenizer
+    from adapt.pretrained.check import mask_problems
 
     disable_progress_bar()
     run = Path(text) if (Path(text) / "config.yaml").is_file() else None
@@ -39,7 +40,10 @@ def open_model(text: str) -> Opened:
     dtype = "bfloat16" if device == "cuda" else "float32"
     wanted = SimpleNamespace(model=Model(base=base, dtype=dtype), tokenizer=Tokenizer())
     try:
-        return Opened(load_model(wanted, device=device), load_tokenizer(wanted), run)
+        model, tokenizer = load_model(wanted, device=device), load_tokenizer(wanted)
+        if problems := mask_problems(tokenizer, model.config):
+            raise UserError(problems)
+        return Opened(model, tokenizer, run)
     except UserError as error:  # here nobody wrote a recipe with `model.base` in it
         raise UserError([Problem("" if p.where == "model.base" else p.where, p.what) for p in error.problems]) from None
 

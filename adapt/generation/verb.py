@@ -8,6 +8,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from adapt.errors import UserError
+from adapt.generation.contract import Contract
 
 SETTINGS = ("block_size", "rule", "threshold", "temperature", "top_k", "top_p")
 """Arguments that are the sampler's own fields; the sampler's config judges them."""
@@ -70,8 +71,10 @@ def choose(args: argparse.Namespace, model: Any, tokenizer: Any):
     from adapt.config import decode
     from adapt.registry import UnknownComponent
 
-    block = getattr(model.config, "block_size", None) is not None
-    mask = getattr(model.config, "mask_token_id", None)
+    contract = Contract.of(model.config)
+    mask = contract.mask_token_id
+    # a context seen in whole blocks was never trained for AR: without a block size, better ask for one
+    block = contract.block_size is not None or contract.context_mask == "block"
     name = args.sampler or ("block_diffusion" if block and mask is not None else "ar")
     wanted = {key: value for key in SETTINGS if (value := getattr(args, key, None)) is not None}
     try:

@@ -27,8 +27,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "*.jinja",
 )
+MASK_TOKEN_FILES = ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
+"""Where a block-diffusion checkpoint says which token its mask is, if config.json does not."""
 HUB_FILES = {
-    CONFIG: ("config.json", "generation_config.json", "adapt_base.json"),
+    CONFIG: ("config.json", "generation_config.json", "adapt_base.json", *MASK_TOKEN_FILES),
     TOKENIZER: ("config.json", *TOKENIZER_FILES),
     WEIGHTS: ("*.json", "*.safetensors", *TOKENIZER_FILES),
 }

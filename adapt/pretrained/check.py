@@ -66,7 +66,7 @@ def fit_problems(tokenizer, config) -> list[Problem]:
                 "base's own tokenizer, or extend the vocabulary with a conversion",
             )
         ]
-    problems = []
+    problems = mask_problems(tokenizer, config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name, None)
         for token in ids if isinstance(ids, list) else [ids]:
@@ -75,6 +75,22 @@ def fit_problems(tokenizer, config) -> list[Problem]:
                     Problem("model.base", f"its config has {name}={token}, beyond its {rows} embedding rows")
                 )
     return problems
+
+
+def mask_problems(tokenizer, config) -> list[Problem]:
+    """The model's mask token must be the tokenizer's, where both have one."""
+    ours, theirs = getattr(config, "mask_token_id", None), tokenizer.mask_token_id
+    if ours is None or theirs is None or ours == theirs:
+        return []
+    return [
+        Problem(
+            "model.base",
+            f"its config has mask_token_id={ours} ({tokenizer.convert_ids_to_tokens(ours)!r} to its tokenizer), but the "
+            f"tokenizer's mask token {tokenizer.mask_token!r} is {theirs}; with the wrong one no slot is ever seen as "
+            "masked. Correct config.json or tokenizer_config.json, or in a recipe say which: "
+            f"model.conversions=[{{name: mask_token, id: {ours}}}]",
+        )
+    ]
 
 
 def _config(recipe: Recipe, offline: bool, found: BaseCheck):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapt.config.schema import Model, Recipe
 from adapt.errors import Problem, UserError
+from adapt.pretrained import block_diffusion_formats as formats
 from adapt.pretrained import gguf, pypi
 from adapt.pretrained.arch import arch_config
 from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, NotReachable, locate, parse
@@ -100,6 +101,9 @@ def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
                 f"{recipe.model.base} lacks {len(wrong)} of the model's weights: {', '.join(wrong[:5])}",
             )
         )
+    form = formats.format_of(folder)
+    if form and (problems := formats.layout_problems(form, model, info["unexpected_keys"])):
+        raise UserError(problems)
     if info["unexpected_keys"]:
         log.warning("%s: unused weights %s", recipe.model.base, ", ".join(sorted(info["unexpected_keys"])[:5]))
     return model.to(device).eval()
@@ -131,7 +135,8 @@ def read_tokenizer(folder: Path, where: str = "tokenizer.path") -> PreTrainedTok
     try:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+        # without the False, a config with an auto_map makes transformers ask a question and wait for an answer
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise bare Exceptions
         raise UserError(
             Problem(
@@ -179,6 +184,10 @@ def _read_config(folder: Path, model: Model) -> PreTrainedConfig:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(Problem("model.base", f"{folder / 'config.json'} cannot be read: {error}")) from None
+    if (stock := formats.stock_config(folder, raw, Path(model.base).name)) is not None:
+        return stock
+    if not model.trust_remote_code:
+        formats.refuse_other_diffusion(str(raw.get("model_type")))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:

@@ -101,6 +101,16 @@ def test_damaged_or_incomplete_weights_are_refused(tmp_path):
         load_model(recipe(folder))
 
 
+def test_a_config_and_a_tokenizer_with_different_mask_tokens_are_refused(tmp_path):
+    tiny.tiny_model(mask_token_id=100).save_pretrained(tmp_path)
+    tokenizer = tiny.tiny_tokenizer.__wrapped__()
+    tokenizer.mask_token = "<reserved_0>"
+    tokenizer.save_pretrained(tmp_path)
+    text = said(recipe(tmp_path))
+    assert "mask_token_id=100" in text
+    assert "mask token '<reserved_0>' is 3" in text
+
+
 def test_all_problems_come_together(tmp_path):
     folder = tiny.save_tiny(tmp_path / "m", vocab_size=300, max_position_embeddings=32)
     text = said(recipe(folder, seq_len=64))

@@ -53,6 +53,21 @@ def test_the_tokenizers_own_mask_token_comes_first():
     assert convert(tiny.tiny_model(), tokenizer) == 100
 
 
+def test_a_model_trained_with_a_mask_token_keeps_it_and_its_row():
+    model, tokenizer = tiny.tiny_model(mask_token_id=100), fresh_tokenizer()
+    row = model.get_input_embeddings().weight[100].clone()
+    assert convert(model, tokenizer) == 100
+    assert torch.equal(model.get_input_embeddings().weight[100], row)
+
+
+def test_a_model_and_a_tokenizer_with_different_mask_tokens_are_refused():
+    tokenizer = fresh_tokenizer()
+    tokenizer.mask_token = "<reserved_0>"
+    with pytest.raises(UserError, match=r"mask_token_id=100, but .* '<reserved_0>' is 3; say which"):
+        convert(tiny.tiny_model(mask_token_id=100), tokenizer)
+    assert convert(tiny.tiny_model(mask_token_id=100), tokenizer, id=100) == 100
+
+
 def test_a_spare_row_is_used_before_a_new_one():
     tokenizer = fresh_tokenizer(vocab=300, reserved=False)
     model = tiny.tiny_model()
