@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from adapt.components import samplers
-from adapt.generation.base import Generation, OneRow, Sampler
-from adapt.generation.rows import Padded, Row, decoding, device_of, open_rows
+from adapt.generation.base import BatchSampler, Sampler
+from adapt.generation.rows import Padded, Row, device_of
 from adapt.generation.sampling import Sampling, propose
 
 
@@ -17,21 +17,11 @@ class ArConfig(Sampling):
     pass
 
 
-class ArSampler(OneRow):
+class ArSampler(BatchSampler):
     def __init__(self, config: ArConfig):
         self.config = config
 
-    def generate_batch(self, model, prompts, *, max_new_tokens, eos_ids=(), seed=0, on_event=None) -> list[Generation]:
-        everyone = open_rows(
-            model, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids, seed=seed, on_event=on_event
-        )
-        rows = [r for r in everyone if r.result is None]
-        if rows:
-            with decoding(model):
-                self._decode(model, rows)
-        return [r.result for r in everyone]
-
-    def _decode(self, model, rows: list[Row]) -> None:
+    def decode(self, model, rows: list[Row], plan) -> None:
         from transformers import DynamicCache
 
         device, forbidden = device_of(model), getattr(model.config, "mask_token_id", None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from adapt.generation.rows import Row
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,29 @@ class Sampler(Protocol):
         """Continue prompts of any lengths together. Row i decodes as it would alone with `seed + i`."""
 
 
-class OneRow:
-    """`generate` as a batch of one."""
+class BatchSampler:
+    """What all our samplers share: checked rows go in, finished rows come out; `generate` is a batch of one."""
+
+    def plan(self, model: nn.Module, eos_ids: Sequence[int]) -> Any:
+        """What `decode` needs to know of the model; refuses one that it cannot serve."""
+        return None
+
+    def decode(self, model: nn.Module, rows: list[Row], plan: Any) -> None:
+        """Finish every row (there is at least one)."""
+        raise NotImplementedError
 
     def generate(self, model, input_ids, **options) -> Generation:
         return self.generate_batch(model, [input_ids], **options)[0]
+
+    def generate_batch(self, model, prompts, *, max_new_tokens, eos_ids=(), seed=0, on_event=None) -> list[Generation]:
+        from adapt.generation.rows import decoding, open_rows
+
+        plan = self.plan(model, eos_ids)
+        everyone = open_rows(
+            model, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids, seed=seed, on_event=on_event
+        )
+        rows = [r for r in everyone if r.result is None]
+        if rows:
+            with decoding(model):
+                self.decode(model, rows, plan)
+        return [r.result for r in everyone]

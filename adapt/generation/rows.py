@@ -120,12 +120,14 @@ class Padded:
     """[R, S] bool; False is padding."""
 
     @staticmethod
-    def of(rows: list[Row], device: torch.device) -> Padded:
-        length = max(len(r.prompt) for r in rows)
-        ids = torch.tensor([[r.prompt[0]] * (length - len(r.prompt)) + r.prompt for r in rows], device=device)
-        lengths = torch.tensor([len(r.prompt) for r in rows], device=device)
-        real = torch.arange(length, device=device)[None] >= length - lengths[:, None]
-        return Padded(ids, real)
+    def of(rows: list[Row], device: torch.device, lengths: Sequence[int] | None = None) -> Padded:
+        """`lengths`: how much of each prompt (None: all of it)."""
+        lengths = [len(r.prompt) for r in rows] if lengths is None else lengths
+        longest = max(lengths)
+        ids = [[r.prompt[0]] * (longest - n) + r.prompt[:n] for r, n in zip(rows, lengths, strict=True)]
+        start = longest - torch.tensor(lengths, device=device)
+        real = torch.arange(longest, device=device) >= start[:, None]
+        return Padded(torch.tensor(ids, dtype=torch.long, device=device), real)
 
     @property
     def positions(self) -> Tensor:

@@ -16,7 +16,7 @@ def sample(model: nn.Module, tokenizer, prompt: str, choice: SamplerChoice, max_
     result = choice.build().generate(model, ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids(model, tokenizer))
     tokens = [int(t) for t in result.tokens]
     steps = dict(result.reveal_order)
-    settings = {k: v for k, v in vars(choice.config).items() if k == "threshold"}
+    settings = {k: v for k, v in vars(choice.config).items() if k == "threshold" and v is not None}
     return {
         "prompt": prompt,
         "sampler": " ".join([choice.name, *(f"{k} {v}" for k, v in settings.items())]),

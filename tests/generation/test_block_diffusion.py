@@ -108,7 +108,7 @@ def test_denoising_forward_equals_the_training_forward(model):
     rows."""
     from transformers import DynamicCache
 
-    from adapt.generation.block_diffusion import forward
+    from adapt.generation.blocks import forward
     from adapt.generation.rows import visible
     from adapt.models.layout import Layout
 
