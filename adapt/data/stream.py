@@ -20,13 +20,13 @@ EVAL_SEED = 0
 
 
 class TrainStream:
-    def __init__(self, rows: list[Rows], weights: list[float], seed: int):
+    def __init__(self, rows: list[Rows], weights: list[float], seed: int, offset: int = 0):
         """`weights` are fractions of tokens, relative to each other. `seed` has a place in the fingerprint; the rows
-        were made with it."""
+        were made with it. Step 0 begins at position `offset`."""
         if len({r.unit for r in rows}) > 1:
             pairs = ", ".join(r.shards.label for r in rows if r.unit == 2)
             raise UserError(f"data.train mixes preference pairs ({pairs}) with other data; train on them apart")
-        self.rows, self.seed = rows, seed
+        self.rows, self.seed, self.offset = rows, seed, offset
         self.unit = rows[0].unit
         """Consecutive positions that belong together (2 for preference pairs)."""
         self.mixture = Mixture(weights)
@@ -56,13 +56,13 @@ class TrainStream:
     ) -> Batch:
         """This rank's rows of an optimizer step.
 
-        Step s is positions [s R, (s + 1) R) on any world size, dealt out `stride` rows at a time (1, or 2 for pairs):
+        Step s is positions [s R, (s + 1) R) from the offset on any world size, dealt out `stride` rows at a time (1, or 2 for pairs):
         rank r of W takes rows r, r + W, ...
         """
         stride = stride or self.unit
         if rows_per_step <= 0 or rows_per_step % (world * stride):
             raise ValueError(f"{rows_per_step} rows a step cannot be dealt out to {world} ranks, {stride} at a time")
-        first = step * rows_per_step
+        first = self.offset + step * rows_per_step
         return self.batch(first + deal(place, rank, world, stride) for place in range(rows_per_step // world))
 
     def epochs(self, num_rows: int) -> list[float]:

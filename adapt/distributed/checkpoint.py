@@ -83,7 +83,9 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -
     try:
         saved = reader.read_metadata().state_dict_metadata
         if not any(name.startswith("optimizer/") for name in saved):
-            optimizer = None  # saved before its first step: it starts as it is
+            if optimizer is not None:
+                optimizer.state.clear()  # saved before its first step
+            optimizer = None
         tensors = _tensors(root, optimizer, filling=True)
         dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except (
@@ -123,7 +125,10 @@ def prune(folder: Path, keep: int, protect: set[str]) -> None:
     """Delete all but the newest `keep`, the protected ones (best) and, always, the newest."""
     for path in checkpoints(folder)[: -max(1, keep)]:
         if path.name not in protect:
-            shutil.rmtree(path, ignore_errors=True)
+            doomed = folder / f".partial-{path.name}"  # one that is half deleted must not look whole
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _tensors(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,4 +37,6 @@ def shard(root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: t
     for model in models:
         for layer in model.get_decoder().layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # The root's inputs are objectives and batches: loss weights in them stay fp32.
+    policy = dataclasses.replace(policy, cast_forward_inputs=False)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -21,7 +21,9 @@ from adapt.errors import UserError
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others; data preparation on rank 0 is the longest wait."""
+"""How long a rank waits for the others within a step."""
+PATIENCE = timedelta(days=2)
+"""How long they wait while rank 0 works alone: preparing data, exporting. If it dies, they notice at once."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class World:
     size: int
     local_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """All ranks, on the CPU, with PATIENCE."""
 
     @property
     def main(self) -> bool:
@@ -54,6 +58,22 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def least(self, number: int) -> int:
+        """The smallest over all ranks."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def wait(self, failed: bool = False) -> bool:
+        """Until every rank is here, however long rank 0 works alone. Whether any of them failed."""
+        if self.size == 1:
+            return failed
+        tensor = torch.tensor(int(failed))
+        dist.all_reduce(tensor, group=self.patient)
+        return bool(tensor)
+
     def add_up(self, values: Tensor) -> Tensor:
         """Sum a small tensor over all ranks, on its own device."""
         if self.size > 1:
@@ -70,7 +90,7 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
             result = work()
         except UserError as raised:
             error = raised
-    failed = world.sum([int(error is not None)])[0]
+    failed = world.wait(error is not None)
     if error is not None:
         raise error
     if failed:
@@ -90,12 +110,16 @@ def start(devices: int | str) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    # srun --gpus-per-task=1 shows each task its own GPU only: number 0, whatever the local rank
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    patient = None
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return World(rank, local_rank, size, local_size, device)
+    if dist.is_initialized():
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, local_rank, size, local_size, device, patient)
 
 
 def stop() -> None:

@@ -63,6 +63,7 @@ def export_folder(
                 f"{len(tokenizer)} tokens, but the model has {stock.config.vocab_size} embedding rows",
             )
         )
+    shutil.rmtree(out.with_name(f"{out.name}.new"), ignore_errors=True)  # of an export that was killed
     try:
         with new_folder(out.with_name(f"{out.name}.new")) as folder:
             with quiet():
@@ -178,4 +179,5 @@ def _swap(new: Path, out: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     os.replace(out, old)
     os.replace(new, out)
-    shutil.rmtree(old, ignore_errors=True)
+    for old in out.parent.glob(f".{out.name}.old.*"):  # and what killed exports left
+        shutil.rmtree(old, ignore_errors=True)

@@ -113,7 +113,7 @@ class BlockDiffusionConfig:
                 yield Problem(
                     "objective.block_size", "annealed and ar_weight_end need a target block size to go to; give one"
                 )
-        elif self.first_size == 1 and not self.has_ar and self.block_first == "ar":
+        elif self.first_size == 1 and self.ar_weight == 0 and self.block_first == "ar":
             yield Problem(
                 "objective.growth.start" if self.growth is not None else "objective.block_size",
                 "at block size 1 nothing can be masked, and with ar_weight=0 there is no loss at all: start at 2, or "

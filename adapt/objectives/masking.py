@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapt.data.batch import Batch
+from adapt.data.batch import PAD, Batch
 from adapt.data.noise import generator
 from adapt.errors import Problem
 from adapt.objectives.blocks import Blocks, noise_keys
@@ -67,13 +67,14 @@ def draw(batch: Batch, blocks: Blocks, maskable: Tensor, noise: Noise, seed: int
     rows, length = batch.input_ids.shape
     starts = {"block": blocks.first, "document": batch.position_ids == 0}.get(noise.granularity)
     starts = (torch.zeros_like(blocks.first) if starts is None else starts).numpy().copy()
-    starts[:, 0] = True
+    starts[:, 0], real = True, (batch.role != PAD).numpy()
     hidden = np.zeros((rows, length), dtype=bool)
     probability = np.full((rows, length), t, dtype=np.float64) if t is not None else np.empty((rows, length))
     for row, key in enumerate(noise_keys(batch)):
         rng = generator(seed, *key)
-        group = np.cumsum(starts[row]) - 1  # numbered along the row
-        u = stratified(int(group[-1]) + 1, rng)
+        group = np.cumsum(starts[row]) - 1  # numbered along the row; padding has none of its own
+        count = int(group[real[row]].max(initial=0)) + 1
+        group, u = np.minimum(group, count - 1), stratified(count, rng)
         if t is None:
             drawn = noise.t_min + (noise.t_max - noise.t_min) * u
             probability[row] = ((1 - noise.epsilon) * drawn + noise.epsilon)[group]

@@ -24,6 +24,7 @@ def build_student(recipe: Recipe, tokenizer) -> nn.Module:
     model = load_model(recipe)
     apply_conversions(recipe, model, tokenizer)
     if recipe.trainable.lora is not None:
+        torch.manual_seed(recipe.run.seed)  # the same adapters on every rank
         model = add_lora(model, recipe.trainable.lora)
     return attention.use(model)
 
@@ -37,8 +38,10 @@ def build_root(recipe: Recipe, student: nn.Module, world: World) -> Root:
     if trainer.compile:
         for layer in student.get_decoder().layers:
             layer.compile()
-    root = Root(student.to(world.device))
-    if world.grouped:
+    root = Root(student)
+    if not world.grouped:
+        root.to(world.device)
+    else:  # moves to the device layer by layer: no GPU holds the whole model
         shard(root, [student], make_mesh(world, trainer.mesh), compute_dtype(recipe, world))
     return root.train()
 

@@ -66,6 +66,24 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
     return 0
 
 
+def show_end(folder: RunFolder, state: State, samples: list[dict[str, Any]]) -> None:
+    """What was measured, what the model writes, and where everything is."""
+    from rich.console import Console
+
+    from adapt.evaluate.runner import results_table
+    from adapt.report import build
+    from adapt.train.progress import duration
+
+    console = Console()
+    if state.results.get("after"):
+        console.print(results_table(state.results.get("before", {}), state.results["after"]))
+    show_samples(console, samples)
+    report = build(folder.path, [], None)
+    console.print(f"trained {state.step} steps in {duration(state.seconds)}")
+    console.print(f"report:         {report}", soft_wrap=True)
+    console.print(f"exported model: {folder.export}", soft_wrap=True)
+
+
 def show_samples(console, samples: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.panel import Panel

@@ -19,9 +19,10 @@ from adapt.errors import StopRequested, UserError
 from adapt.pretrained import load_tokenizer
 from adapt.runfolder import RunFolder
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
-from adapt.train.deliver import export, show_samples
+from adapt.train.deliver import export, show_end
 from adapt.train.hooks import Hooks
-from adapt.train.probe import dry_run, leak_probe
+from adapt.train.probe import dry_run, leak_probe, out_of_memory
+from adapt.train.progress import duration
 from adapt.train.root import look
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
@@ -83,7 +84,8 @@ class _Run:
         stages, state = self.resolved.stages, self.state
         last = len(stages) - 1
         if state.finished == "steps" and total_steps(stages[last]) > state.stage_step:
-            self._say(f"{total_steps(stages[last]) - state.stage_step} steps were added to the finished run")
+            more = total_steps(stages[last]) - state.stage_step
+            self._say(f"{more} steps were added to the finished run; its schedule now spans all of them")
             state.finished = ""
         if state.finished:
             self._say(f"all {len(stages)} stage(s) were done before; exporting again")
@@ -108,17 +110,17 @@ class _Run:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
-        if recipe.optimizer_state == "keep" and before is not None:
-            moments = before.state_dict()["state"]  # the groups (lr, decay) are this stage's own
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        if recipe.optimizer_state == "keep" and before is not None:  # the groups (lr, decay) are this stage's own
+            trained = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
+            optimizer.state.update({p: before.state[p] for p in trained})
         if self.resume_from:
             afresh = state.stage_step == 0 and recipe.optimizer_state == "reset"  # it holds the stage before's moments
             checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)
         if recipe.data != self.data_of:
             self.data, self.data_of = self._prepare(recipe), recipe.data
-        self._same_data()
+        self._same_data(recipe)
         rows = [Rows(shards, recipe.data.seq_len, recipe.run.seed) for shards in self.data.train]
-        stream = TrainStream(rows, [d.weight for d in recipe.data.train], recipe.run.seed)
+        stream = TrainStream(rows, [d.weight for d in recipe.data.train], recipe.run.seed, state.offset)
         total = total_steps(recipe)
         rows_per_step = self._rows_per_step(recipe)
         progress = None
@@ -148,6 +150,7 @@ class _Run:
         microbatch = self._rehearse(recipe, objective, stream, rows_per_step, total, trainable, progress)
         if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
+            hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
         self.resume_from = None
         module = Stage(
             root=self.root,
@@ -176,7 +179,10 @@ class _Run:
                 num_sanity_val_steps=0,
                 plugins=[],
             )
-            trainer.fit(module)
+            try:
+                trainer.fit(module)
+            except torch.OutOfMemoryError:
+                raise UserError(out_of_memory(microbatch, recipe.data.seq_len)) from None
         if progress:
             progress.finish()
         if hooks.ended_by_rule:
@@ -191,22 +197,28 @@ class _Run:
             state.results["after"] = hooks.evaluate()
             state.finished = "rule" if hooks.ended_by_rule else "steps"
         else:
+            state.offset += (state.stage_step + state.skipped) * rows_per_step
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-            state.minima, state.objective, state.data = {}, {}, {}
+            state.minima, state.objective, state.best, state.best_step = {}, {}, None, None
         hooks.saved_step = -1
         hooks.save()
         return hooks
 
-    def _same_data(self) -> None:
-        """The stage's data is what its checkpoints were made with; then it goes into the manifest of the run."""
+    def _same_data(self, recipe: Recipe) -> None:
+        """The stage's data is what its checkpoints were made with; then it goes into the manifest of the run. A stage on
+        the data of the stage before goes on where that left off, any other begins at its data's beginning."""
+        state = self.state
         found = {f"data.train[{i}] ({s.label})": s.fingerprint for i, s in enumerate(self.data.train)}
-        changed = [name for name, fingerprint in found.items() if self.state.data.get(name, fingerprint) != fingerprint]
-        if changed:
+        found |= {"data.seq_len": str(recipe.data.seq_len), "weights": str([d.weight for d in recipe.data.train])}
+        changed = [name for name in found if state.data.get(name, found[name]) != found[name]]
+        if state.stage_step == 0 and (changed or len(found) != len(state.data)):
+            state.offset = 0
+        elif changed:
             raise UserError(
                 f"the training data changed since this run's checkpoint: {', '.join(changed)}. The run cannot go on "
                 f"exactly. Restore the data, or start a new run (another run.name) from the export of this one."
             )
-        self.state.data = found
+        state.data = found
         if self.world.main:
             self.folder.add_data(self.data.manifest)
 
@@ -242,7 +254,7 @@ class _Run:
                     + (" (chosen by trainer.microbatch=auto)" if wanted == "auto" else ""),
                     "steps": f"{steps} of {recipe.trainer.batch_tokens:,} tokens, "
                     f"{stream_tokens(self.data):,} training tokens at hand",
-                    "estimate": f"at most about {_duration(estimate)} of training",
+                    "estimate": f"at most about {duration(estimate)} of training",
                 }
             )
         return size
@@ -285,35 +297,20 @@ class _Run:
         self.root.student.config.update(fields)  # what samplers need to know
         if recipe.evaluation.best and self.state.best_step is not None:
             self._take_best(recipe, objective)
-        samples = self._samples(recipe)
         model = whole_student(recipe, self.tokenizer, self.root, self.world)
+        results, folder = self.state.results, self.folder
+        # The export comes first: a prompt that cannot be decoded must not cost it.
+        worlds.on_main(
+            self.world,
+            lambda: export(folder, self.resolved, model, self.tokenizer, results, fields, folder.export),
+        )
+        samples = self._samples(recipe)
         if self.world.main:
-            from rich.console import Console
-
-            from adapt.evaluate.runner import results_table
-            from adapt.report import build
-
-            export(
-                self.folder,
-                self.resolved,
-                model,
-                self.tokenizer,
-                self.state.results,
-                fields,
-                self.folder.export,
-            )
-            self.folder.write_json("samples.json", samples)
+            folder.write_json("samples.json", samples)
             for logger in self.loggers:
                 logger.finalize("success")
-            console = Console()
-            if self.state.results.get("after"):
-                console.print(results_table(self.state.results.get("before", {}), self.state.results["after"]))
-            show_samples(console, samples)
-            report = build(self.folder.path, [], None)
-            console.print(f"trained {self.state.step} steps in {_duration(self.state.seconds)}")
-            console.print(f"report:         {report}", soft_wrap=True)
-            console.print(f"exported model: {self.folder.export}", soft_wrap=True)
-        self.world.barrier()
+            show_end(folder, self.state, samples)
+        self.world.wait()
 
     def _take_best(self, recipe: Recipe, objective) -> None:
         """Export the best checkpoint, and say of it what was measured of it."""
@@ -372,10 +369,6 @@ def _lightning_world(world: World) -> dict[str, Any]:
         "num_nodes": world.size // world.local_size,
         "strategy": strategy,
     }
-
-
-def _duration(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
 
 def _quiet() -> None:

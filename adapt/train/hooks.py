@@ -171,7 +171,12 @@ class Hooks:
         before = State.from_dict(checkpoint.read_state(saved[-1]))
         if before.stage != state.stage:
             raise UserError(f"{where}, and the last checkpoint is of the stage before; set checkpoint.every")
-        checkpoint.load(saved[-1], self.root, self.optimizer)
+        afresh = (
+            before.stage_step == 0 and self.recipe.optimizer_state == "reset"
+        )  # it holds the stage before's moments
+        if afresh:
+            self.optimizer.state.clear()
+        checkpoint.load(saved[-1], self.root, None if afresh else self.optimizer)
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip
         state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,11 +58,12 @@ def dry_run(
 ) -> tuple[int, float]:
     """Forward and backward of the largest microbatch the run will see. Returns (microbatch, seconds it took).
 
-    `auto` starts from all rows of this rank (on CPUs from what the free memory should hold) and halves until it fits.
+    `auto` takes what should fit: on GPUs by the measured memory of one and two rows, on CPUs by the shapes. It is the
+    same on all ranks, and tried once: a rank that ran out of memory inside a collective cannot be called back.
     """
     rows = batch.num_rows
-    size = min(rows, microbatch) if isinstance(microbatch, int) else min(rows, _guess(root, batch, world))
-    while True:
+
+    def attempt(size: int) -> float:
         started = time.perf_counter()
         try:
             gradients(
@@ -74,29 +76,49 @@ def dry_run(
                 world=world,
                 clip=None,
             )
-            failed = False
         except torch.OutOfMemoryError:
-            failed = True
+            raise UserError(out_of_memory(size, batch.input_ids.shape[1])) from None
         root.zero_grad(set_to_none=True)
-        if not world.sum([int(failed)])[0]:
-            return size, time.perf_counter() - started
-        torch.cuda.empty_cache()
-        if size == 1 or microbatch != "auto":
-            raise UserError(
-                Problem(
-                    "trainer.microbatch",
-                    f"{size} row(s) of {batch.input_ids.shape[1]} tokens do not fit into this device's memory; "
-                    "lower trainer.microbatch or data.seq_len, set trainer.activation_checkpointing=true, or use more "
-                    "ranks",
-                )
-            )
-        size = max(1, size // 2)
+        return time.perf_counter() - started
+
+    if isinstance(microbatch, int):
+        size = min(rows, microbatch)
+    elif world.device.type == "cuda":
+        size = world.least(_measured(attempt, root, rows, world.device))
+    else:
+        size = world.least(min(rows, _guess(root, batch, world)))
+    return size, attempt(size)
+
+
+def out_of_memory(rows: int, length: int) -> Problem:
+    return Problem(
+        "trainer.microbatch",
+        f"{rows} row(s) of {length} tokens do not fit into this device's memory; lower trainer.microbatch or "
+        "data.seq_len, set trainer.activation_checkpointing=true, or use more ranks",
+    )
+
+
+def _measured(attempt: Callable[[int], float], root: nn.Module, rows: int, device: torch.device) -> int:
+    """Rows that fit a GPU, from the peaks of one and of two rows. Collective."""
+    peaks = []
+    for size in (1, min(2, rows)):
+        torch.cuda.reset_peak_memory_stats(device)
+        attempt(size)
+        peaks.append(torch.cuda.max_memory_allocated(device))
+    local = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in root.parameters() if p.requires_grad)
+    room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return rows_that_fit(peaks[0], peaks[1], room, 3 * local, rows)
+
+
+def rows_that_fit(one: int, two: int, room: int, to_come: int, rows: int) -> int:
+    """Bytes: peaks of one and two rows, what the device has room for, and what training will hold besides (gradients
+    that accumulate and two moments of the optimizer). A tenth stays free."""
+    each = max(1, two - one)
+    return max(1, min(rows, 1 + int((0.9 * room - to_come - one) // each)))
 
 
 def _guess(root: nn.Module, batch: Batch, world: World) -> int:
-    """Rows whose activations should fit into 40 % of a CPU machine's free memory; on GPUs trying decides."""
-    if world.device.type == "cuda":
-        return batch.num_rows
+    """Rows whose activations should fit into 40 % of a CPU machine's free memory."""
     import psutil
 
     config = root.student.config

@@ -16,6 +16,8 @@ class State:
     """Optimizer steps done in the run."""
     tokens: int = 0
     """Clean training tokens seen."""
+    offset: int = 0
+    """Rows of the data that stages before this one have read."""
     skipped: int = 0
     """Steps of data left out after a rewind: step s of a stage reads the data of s + skipped."""
     non_finite: int = 0
@@ -23,7 +25,7 @@ class State:
     seconds: float = 0.0
     """Time spent training, over all attempts."""
     best: float | None = None
-    """Lowest value so far of `evaluation.best`."""
+    """Lowest value so far of the stage's `evaluation.best`."""
     best_step: int | None = None
     """Its step."""
     minima: dict[str, list[float]] = field(default_factory=dict)

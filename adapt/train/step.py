@@ -55,9 +55,7 @@ def gradients(
 
     torch.manual_seed(int(generator(seed, 1, step, world.rank).integers(2**62)))  # dropout: nothing to save
     sums = {n: torch.zeros((), device=world.device) for n in names}
-    for index, item in enumerate(prepared):
-        if hasattr(root, "set_requires_gradient_sync"):
-            root.set_requires_gradient_sync(index == len(prepared) - 1)
+    for item in prepared:  # each reduces its gradients: kept back, they would be whole on every rank
         terms = root(objective, item.to(world.device).inputs)
         loss = sum(weights[n] / max(1, totals[n]) * terms[n] for n in names)
         backward(loss * world.size)  # FSDP averages over ranks; the divisor is already global

@@ -227,3 +227,30 @@ def test_the_card_says_what_was_done_with_what_and_what_came_out(tmp_path):
     record = json.loads((folder / "adapt.json").read_text())
     assert record["base"]["license"] == "apache-2.0"
     assert 0 < record["export"]["rounding_difference"] < 0.2
+
+
+def test_a_run_decodes_in_plain_transformers_as_its_clean_stream_predicts(tiny_base, tmp_path):
+    """Invariant 13: AR `generate` of the reloaded export follows the argmax of the clean stream of `[noisy | clean]`,
+    and its config says how the model was trained."""
+    from adapt.config import resolve
+    from adapt.models import attention
+    from adapt.models.layout import Layout
+    from adapt.train.fit import fit
+    from tests.recipes import tiny_recipe
+
+    fit(resolve(tiny_recipe(tiny_base, tmp_path, trainer={"steps": 3, "batch_tokens": 256})))
+    folder = tmp_path / "runs" / "tiny" / "export"
+    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    config = model.config
+    stated = (config.block_size, config.mask_token_id, config.prediction, config.context_mask, config.threshold)
+    assert stated == (8, 3, "shifted", "causal", 0.9)
+    prompt = IDS[:, :11]
+    with torch.no_grad():
+        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=13, do_sample=False)
+        attention.use(model)
+        pos = torch.arange(text.shape[1])[None]
+        layout = Layout.noisy_then_clean(torch.zeros_like(pos), pos, pos // 8)
+        both = torch.cat([torch.full_like(text, 3), text], 1)
+        logits = model.lm_head(attention.hidden_states(model, both, pos.repeat(1, 2), layout))[:, text.shape[1] :]
+    logits[..., 3] = float("-inf")  # generation_config suppresses the mask token
+    assert torch.equal(logits[:, 10:-1].argmax(-1), text[:, 11:])

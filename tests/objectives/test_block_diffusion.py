@@ -12,11 +12,10 @@ from adapt.components import BlockSizesChoice
 from adapt.config import decode, resolve
 from adapt.data.batch import Batch
 from adapt.errors import UserError
-from adapt.generation.contract import Contract
 from adapt.models import attention
 from adapt.models.layout import Layout
 from adapt.objectives.base import Facts, Models
-from adapt.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig, fixed_t
+from adapt.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig
 from adapt.objectives.blocks import Blocks
 from adapt.objectives.masking import Noise, draw, stratified
 from adapt.objectives.next_token import NextToken
@@ -127,10 +126,9 @@ def test_loss_is_invariant_to_the_microbatch_split(rows, b):
 
 
 def test_doubling_the_padding_changes_nothing():
-    """Invariant 8, second half. The noise of real tokens must not depend on what follows them: t is drawn per block,
-    so the comparison fixes it."""
+    """Invariant 8, second half: nor the noise of real tokens, whose strata padding must not take part in."""
     model = attention.use(tiny.tiny_model(dtype=torch.float64))
-    goal = fixed_t(Contract(block_size=4), FACTS, 1.0)
+    goal = objective(4)
     short, long = packed([[15, 6]], pad=4), packed([[15, 6]], pad=8)
     long.input_ids[:, :25], long.labels[:, :25] = short.input_ids, short.labels
     assert_same(gradients(model, total(model, goal, [short])), gradients(model, total(model, goal, [long])), 1e-11)

@@ -181,3 +181,84 @@ def test_an_error_of_the_user_is_told_once_by_all_ranks(tiny_base, tmp_path):
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
     assert "rank 1" not in done.stderr
+
+
+def test_a_stage_on_the_same_data_reads_on(tiny_base, tmp_path, monkeypatch):
+    """Two stages of two steps see the rows that one of four sees; new data begins at its beginning."""
+    from adapt.train import module
+
+    seen: list[list[int]] = []
+    original = module.gradients
+
+    def gradients(root, objective, batch, **kwargs):
+        seen.append(batch.sample_index.tolist())
+        return original(root, objective, batch, **kwargs)
+
+    monkeypatch.setattr(module, "gradients", gradients)
+    plain = tiny_recipe(tiny_base, tmp_path, run={"name": "one"}, trainer={"steps": 4, "batch_tokens": 256})
+    fit(resolve(plain))
+    one, seen[:] = list(seen), []
+    staged = tiny_recipe(tiny_base, tmp_path, run={"name": "two"}, trainer={"steps": 2, "batch_tokens": 256})
+    fit(resolve(staged | {"stages": [{"name": "a"}, {"name": "b"}]}))
+    assert seen == one
+    two, seen[:] = list(seen), []
+    other = {"train": [{"source": {"name": "jsonl", "path": str(corpus(tmp_path, 60, seed=5))}}]}
+    third = tiny_recipe(tiny_base, tmp_path, run={"name": "three"}, trainer={"steps": 1, "batch_tokens": 256})
+    fit(resolve(third | {"stages": [{"name": "a"}, {"name": "b", "data": other}]}))
+    assert seen[0] == two[0]
+
+
+def test_keep_takes_each_parameters_own_moments(tiny_base, tmp_path):
+    """The second stage trains other parameters too: those it shares with the first keep their moments, by name."""
+    few = {"include": ["*mlp*"]}
+    stages = [
+        {"name": "a", "trainer": {"steps": 2}, "trainable": few},
+        {"name": "b", "trainer": {"steps": 2}, "optimizer_state": "keep", "trainable": {"include": ["*"]}},
+    ]
+    assert fit(resolve(tiny_recipe(tiny_base, tmp_path) | {"stages": stages})) == 0
+
+
+def test_a_rule_that_the_start_meets_ends_nothing_and_hides_no_signal(tiny_base, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tiny_base, tmp_path)
+    recipe["evaluation"] |= {"stop": [{"metric": "bpb/held-out", "above": 0.0}]}
+    with monkeypatch.context() as patched, pytest.raises(StopRequested, match="after step 2"):
+        stop_after(patched, 2)
+        fit(resolve(recipe))
+
+
+def test_a_prompt_that_cannot_be_decoded_does_not_cost_the_export(tiny_base, tmp_path):
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 1, "batch_tokens": 256})
+    recipe["generation"] |= {"prompts": ["the model " * 2000]}
+    with pytest.raises(UserError, match="context"):
+        fit(resolve(recipe))
+    assert (tmp_path / "runs" / "tiny" / "export" / "model.safetensors").is_file()
+
+
+def test_a_killed_export_is_in_nobodys_way(tiny_base, tmp_path):
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 1, "batch_tokens": 256})
+    left = tmp_path / "runs" / "tiny" / "export.new"
+    fit(resolve(recipe))
+    left.mkdir()
+    (left / "half").write_text("x")
+    assert fit(resolve(recipe), "yes") == 0
+    assert not left.exists()
+
+
+def test_adapters_start_alike_on_all_ranks(tiny_base, tmp_path):
+    """2 ranks = 1 with LoRA, whose weights are drawn: seeded, or every rank would have its own."""
+    over = {"trainable": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}}}
+    for name, devices in (("one", 1), ("two", 2)):
+        recipe = tiny_recipe(tiny_base, tmp_path, run={"name": name}, trainer={"devices": devices, "steps": 3}, **over)
+        done = launch(recipe | {"evaluation": {}}, tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b = (losses(tmp_path / "runs" / n) for n in ("one", "two"))
+    assert max(abs(a[s] - b[s]) for s in a) < 2e-5 * max(a.values())
+
+
+def test_rows_that_fit():
+    """Linear in the rows, a tenth and what training adds later left free, never less than one nor more than there are."""
+    from adapt.train.probe import rows_that_fit
+
+    assert rows_that_fit(one=10, two=14, room=100, to_come=20, rows=64) == 1 + (90 - 20 - 10) // 4
+    assert rows_that_fit(one=10, two=14, room=100, to_come=20, rows=8) == 8
+    assert rows_that_fit(one=10, two=14, room=12, to_come=20, rows=8) == 1
