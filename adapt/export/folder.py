@@ -20,6 +20,7 @@ from adapt.pretrained.cache import new_folder
 from adapt.pretrained.provenance import EXPORT_FILE
 from adapt.pretrained.quiet import quiet
 
+CUSTOM_GENERATE = Path(__file__).with_name("custom_generate") / "generate.py"
 MARKER = EXPORT_FILE
 """Says that a folder is our export (so that a new one may replace it), and how it was made."""
 
@@ -70,6 +71,9 @@ def export_folder(
                 stock.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             _tidy(folder, extra_config)
+            if "mask_token_id" in extra_config:  # it decodes by block diffusion where adapt is not installed, too
+                (folder / "custom_generate").mkdir()
+                shutil.copyfile(CUSTOM_GENERATE, folder / "custom_generate" / CUSTOM_GENERATE.name)
             check = compare(reload(folder, recipe.export.dtype), stock, trained=model, tokenizer=tokenizer)
             record = {
                 "export": {"target": recipe.export.target, **check},
