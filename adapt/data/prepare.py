@@ -25,7 +25,8 @@ from adapt.data.encode import Encoder
 from adapt.data.shards import TokenShards
 from adapt.errors import Problem, UserError
 
-FORMAT = 1
+FORMAT = 2
+"""Part of the cache key: raise it when what is written changes."""
 log = logging.getLogger("adapt.data")
 
 
