@@ -222,7 +222,8 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=["fetch", "prepare", "stats"],
-        help="fetch: open every source; prepare: build the token shards; stats: print their manifest",
+        help="fetch: open every source and read its first document (no copy is made); prepare: read the texts and build "
+        "the token shards; stats: print their manifest",
     )
     _recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="stats as JSON")

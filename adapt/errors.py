@@ -31,6 +31,10 @@ class UserError(Exception):
         super().__init__("\n".join(str(p) for p in self.problems))
 
 
+class NotReachable(UserError):
+    """It may well exist, but not from here, now: no connection, or offline was asked for."""
+
+
 class StopRequested(Exception):
     """Ctrl-C, TERM or USR1: a checkpoint was saved and the run wants to go on later (exit code 75)."""
 

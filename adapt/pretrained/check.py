@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapt.config.schema import Recipe
-from adapt.errors import Problem, UserError
+from adapt.errors import NotReachable, Problem, UserError
 from adapt.pretrained import gguf, load
 from adapt.pretrained.arch import arch_config, arch_differences
-from adapt.pretrained.bases import NotReachable, parse
+from adapt.pretrained.bases import parse
 from adapt.pretrained.families import family_problems, longest_row
 from adapt.pretrained.rope import apply_rope
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapt.config.schema import Model, Recipe
-from adapt.errors import Problem, UserError
+from adapt.errors import NotReachable, Problem, UserError
 from adapt.pretrained import gguf, pypi
 from adapt.pretrained.arch import arch_config
-from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, NotReachable, locate, parse
+from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, locate, parse
 from adapt.pretrained.families import family_problems
 from adapt.pretrained.quiet import quiet
 from adapt.pretrained.rope import apply_rope

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from adapt.config.schema import Lora
 from adapt.errors import Problem, UserError, nearest
 
@@ -61,19 +59,3 @@ def merge_lora(model):
         del model.peft_config
     model._hf_peft_config_loaded = False
     return model
-
-
-def merge_lora_state(state: dict[str, Any], lora: Lora) -> dict[str, Any]:
-    """The same on a full (gathered, unsharded) state dict: adapter keys in, plain transformers keys out."""
-    merged = {}
-    for name, weight in state.items():
-        if ".lora_" in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name and f"{stem}.lora_A.{ADAPTER}.weight" in state:
-            a, b = (state[f"{stem}.lora_{x}.{ADAPTER}.weight"] for x in "AB")
-            update = (b.float() @ a.float()) * (lora.alpha / lora.rank)
-            weight = (weight.float() + update).to(weight.dtype)
-        merged[plain] = weight
-    return merged

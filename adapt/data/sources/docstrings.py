@@ -31,6 +31,12 @@ class DocstringsConfig:
     min_words: int = 40
     """Words of running prose a docstring needs to be kept."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.held_out, float) and not 0 <= self.held_out <= 1:
+            raise ValueError(
+                f"held_out={self.held_out} is a fraction of the packages: from 0 to 1, or give their names"
+            )
+
 
 class DocstringsSource:
     def __init__(self, config: DocstringsConfig):
