@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapt import __version__
-from adapt.errors import StopRequested, UserError, nearest
+from adapt.errors import RecipeError, StopRequested, UserError, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,6 +96,16 @@ def _load(args: argparse.Namespace):
     return load(args.config, args.overrides)
 
 
+def _read(args: argparse.Namespace, offline: bool = False):
+    """The recipe, for verbs that check all of it: what can be read of a broken one is checked too."""
+    try:
+        return _load(args)
+    except RecipeError as error:
+        from adapt.train.validate import further
+
+        raise UserError([*error.problems, *further(error, offline)]) from None
+
+
 def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument(
@@ -108,7 +118,7 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    resolved = _load(args)
+    resolved = _read(args)
     from adapt.train.fit import fit
 
     return fit(resolved, args.resume)
@@ -122,7 +132,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 def _validate(args: argparse.Namespace) -> int:
     from adapt.train.validate import check
 
-    resolved = _load(args)
+    resolved = _read(args, args.offline)
     print(resolved.to_yaml())
     report = check(resolved, args.offline)
     if not report.problems:  # as comments: what is printed is a recipe

@@ -116,7 +116,7 @@ def test_a_component_is_replaced_when_its_name_changes_and_merged_otherwise(reci
     assert load(str(recipe_file), ["objective.name=next_token"]).recipe.objective.name == "next_token"
     assert load(str(recipe_file), ["objective=next_token"]).recipe.objective.name == "next_token"
     both = load(str(recipe_file), ["schedule.final=0.5", "schedule.name=cosine"]).recipe.schedule.config
-    assert (both.final, both.warmup) == (0.5, 2)
+    assert (both.final, both.warmup) == (0.5, 0.34)
     other = load(str(recipe_file), ["schedule.warmup=3", "schedule.name=constant"]).recipe.schedule
     assert (other.name, other.config.warmup) == ("constant", 3)  # the field is the new component's
 
