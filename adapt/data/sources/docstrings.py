@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Literal
 
@@ -91,6 +92,7 @@ def docstrings(config: DocstringsConfig) -> DocstringsSource:
     return DocstringsSource(config)
 
 
+@cache
 def required(project: str = PROJECT) -> list[str]:
     """Names of the installed distributions `project` needs, directly or not (without itself); sorted."""
     from packaging.requirements import Requirement
