@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 import zipfile
@@ -70,6 +71,16 @@ def test_the_wheel_has_the_recipes_and_only_adapt(tmp_path):
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".html", ".md", ".yaml"):
             assert str(path.relative_to(ROOT)) in names
+    target = tmp_path / "installed"
+    install = python("-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", str(target), str(wheel))
+    assert install.returncode == 0, install.stderr
+    code = "import adapt, sys; from adapt.cli import main; print(adapt.__file__, file=sys.stderr); main(['recipes'])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(target)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stderr.strip() == str(target / "adapt" / "__init__.py")
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == list(shipped_recipes())
 
 
 def test_models_import_nothing_of_the_rest():

@@ -7,7 +7,7 @@ import torch
 
 from adapt.config.schema import Lora
 from adapt.errors import UserError
-from adapt.pretrained.lora import add_lora, merge_lora
+from adapt.pretrained.lora import adapted_names, add_lora, merge_lora
 from tests import tiny
 
 IDS = torch.arange(3, 43)[None]
@@ -52,3 +52,9 @@ def test_targets_that_match_nothing_are_an_error():
         add_lora(tiny.tiny_model(), Lora(targets=("lm_head",)))
     with pytest.raises(UserError, match="empty"):
         add_lora(tiny.tiny_model(), Lora(targets=()))
+
+
+def test_names_are_known_without_putting_adapters_in():
+    lora = Lora(rank=2, targets=("q_proj", "mlp.up_proj"))
+    expected = adapted_names(tiny.tiny_model(), lora)
+    assert set(expected) == {name for name, _ in add_lora(tiny.tiny_model(), lora).named_parameters()}
