@@ -115,9 +115,10 @@ def _trainer(recipe: Recipe) -> Iterator[Problem]:
 
 def known_ranks(recipe: Recipe) -> int:
     """Processes a run started here, like this, would have."""
-    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if int(os.environ.get(variable, "1")) > 1:
-            return int(os.environ[variable])
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if (tasks := int(os.environ.get("SLURM_NTASKS", "1"))) > 1:
+        return tasks
     wanted = recipe.trainer.devices
     return max(1, wanted if isinstance(wanted, int) else _cuda_devices())
 
