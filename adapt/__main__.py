@@ -1,5 +1,5 @@
-import sys
+"""`python -m adapt`, `torchrun -m adapt`."""
 
-from adapt.cli import main
+from adapt.cli import entry
 
-sys.exit(main())
+entry()

@@ -7,13 +7,14 @@ Exit codes: 0 done; 2 the user's input is wrong (all problems listed); 75 stoppe
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from adapt import __version__
-from adapt.errors import StopRequested, UserError, nearest
+from adapt.errors import RecipeError, StopRequested, UserError, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +47,19 @@ def main(argv: list[str] | None = None) -> int:
         _end_display()
         traceback.print_exc()
         return 1
+
+
+def entry() -> None:
+    """The console script. After a run on several ranks the process ends without the interpreter's shutdown: native
+    threads of the collectives may still abort it there ("terminate called without an active exception"), and a run
+    that was saved and exported would exit with that."""
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -96,6 +110,16 @@ def _load(args: argparse.Namespace):
     return load(args.config, args.overrides)
 
 
+def _read(args: argparse.Namespace, offline: bool = False):
+    """The recipe, for verbs that check all of it: what can be read of a broken one is checked too."""
+    try:
+        return _load(args)
+    except RecipeError as error:
+        from adapt.train.validate import further
+
+        raise UserError([*error.problems, *further(error, offline)]) from None
+
+
 def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument(
@@ -108,7 +132,7 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    resolved = _load(args)
+    resolved = _read(args)
     from adapt.train.fit import fit
 
     return fit(resolved, args.resume)
@@ -122,7 +146,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 def _validate(args: argparse.Namespace) -> int:
     from adapt.train.validate import check
 
-    resolved = _load(args)
+    resolved = _read(args, args.offline)
     print(resolved.to_yaml())
     report = check(resolved, args.offline)
     if not report.problems:  # as comments: what is printed is a recipe
@@ -222,7 +246,8 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=["fetch", "prepare", "stats"],
-        help="fetch: open every source; prepare: build the token shards; stats: print their manifest",
+        help="fetch: open every source and read its first document (no copy is made); prepare: read the texts and build "
+        "the token shards; stats: print their manifest",
     )
     _recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="stats as JSON")

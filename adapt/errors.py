@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class UserError(Exception):
             problems = [problems]
         self.problems = list(problems)
         super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be read as it stands. What of it can be read goes along, for the checks that come next."""
+
+    def __init__(self, problems: str | Problem | Iterable[Problem], readable: Any = None):
+        """`readable`: the Resolved recipe without the keys the problems name; null where too little is left."""
+        super().__init__(problems)
+        self.readable = readable
+
+
+class NotReachable(UserError):
+    """It may well exist, but not from here, now: no connection, or offline was asked for."""
 
 
 class StopRequested(Exception):

@@ -31,6 +31,8 @@ class Entry:
     name: str
     factory: Callable[..., Any]
     config_type: type
+    builds: Any = None
+    """What the factory is annotated to return: its class attributes are facts known before anything is built."""
 
 
 class Registry:
@@ -51,8 +53,9 @@ class Registry:
         return decorate
 
     def names(self) -> list[str]:
+        """Built-in and registered ones, and those that installed packages offer as entry points."""
         self._load()
-        return sorted(self._entries)
+        return sorted({*self._entries, *(p.name for p in importlib.metadata.entry_points(group=f"adapt.{self.kind}"))})
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self._entries and name.isidentifier():
@@ -71,9 +74,10 @@ class Registry:
                 return _entry(name, getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise UnknownComponent(f"cannot import {self.kind} {name!r}: {error}") from None
+        known = self.names()
         raise UnknownComponent(
-            f"no {self.kind} is called {name!r}.{nearest(name, self._entries)} "
-            f"Known: {', '.join(self.names())}; or give a dotted import path."
+            f"no {self.kind} is called {name!r}.{nearest(name, known)} "
+            f"Known: {', '.join(known)}; or give a dotted import path."
         )
 
     def _load(self) -> None:
@@ -87,11 +91,11 @@ class Registry:
 
 def _entry(name: str, factory: Callable[..., Any]) -> Entry:
     hints = typing.get_type_hints(factory)
-    hints.pop("return", None)
+    builds = hints.pop("return", None)
     config_type = next(iter(hints.values()), None)
     if not is_dataclass(config_type):
         raise TypeError(f"{name!r}: the first parameter must be annotated with a config dataclass, got {config_type}")
-    return Entry(name, factory, config_type)
+    return Entry(name, factory, config_type, builds)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,10 @@ class Selection:
     name: str
     config: Any
     registry: typing.ClassVar[Registry]
+
+    def declares(self, fact: str) -> bool:
+        """A class attribute of what will be built (`needs_teacher`), by the factory's return annotation."""
+        return bool(getattr(self.registry[self.name].builds, fact, False))
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         return self.registry[self.name].factory(self.config, *args, **kwargs)

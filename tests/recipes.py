@@ -61,7 +61,7 @@ def tiny_recipe(base: Path, folder: Path, **over: Any) -> dict[str, Any]:
             "growth": {"name": "geometric", "start": 2, "every": 2},
         },
         "optimizer": {"name": "adamw", "lr": 1e-3},
-        "schedule": {"name": "cosine", "warmup": 2},
+        "schedule": {"name": "cosine", "warmup": 0.34},
         "trainer": {"steps": 6, "batch_tokens": 256, "microbatch": 2},
         "evaluation": {"suites": ["bpb", "masked_ce"], "limit": 4},
         "generation": {

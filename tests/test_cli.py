@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,31 @@ def test_validate_prints_a_recipe(recipe_file, capsys):
         ({"evaluation": {"stop": [{"metric": "bpb/held-out", "patience": 0}]}}, "evaluation.stop[0].patience"),
         ({"trainable": {"lora": {"rank": 0}}}, "trainable.lora.rank"),
         ({"trainable": {"include": []}}, "trainable.include"),
+        ({"trainable": {"include": ["modle.*"]}}, "trainable.include"),
+        ({"trainable": {"exclude": ["*.nothing"]}}, "trainable.exclude"),
+        ({"trainable": {"include": ["*.norm.weight"], "lora": {"rank": 2}}}, "trainable"),
+        ({"trainable": {"lora": {"rank": 2, "targets": ["q_prok"]}}}, "trainable.lora.targets"),
+        ({"trainer": {"mesh": {"replicate": 2}}}, "trainer.mesh"),
+        ({"trainer": {"mesh": {"shard": 4}}}, "trainer.mesh"),
+        ({"trainer": {"precision": "bf16"}}, "trainer.precision"),
+        ({"model": {"attention": "flex"}}, "model.attention"),
+        ({"model": {"revision": "main"}}, "model.revision"),
+        ({"model": {"rope_scaling": {"foo": 3}}}, "model.rope_scaling.foo"),
+        ({"teacher": {"base": "self"}}, "teacher"),
+        ({"optimizer": {"name": "adamw", "lr": float("inf")}}, "optimizer.lr"),
+        ({"optimizer": {"name": "adamw", "eps": -1.0}}, "optimizer.eps"),
+        ({"optimizer": {"name": "adamw", "weight_decay": float("inf")}}, "optimizer.weight_decay"),
+        ({"schedule": {"name": "cosine", "warmup": float("nan")}}, "schedule.warmup"),
+        ({"schedule": {"name": "constant", "warmup": float("inf")}}, "schedule.warmup"),
+        ({"schedule": {"name": "wsd", "warmup": 7}}, "schedule.warmup"),
+        ({"evaluation": {"stop": [{"metric": "bpb/held-out", "above": float("nan")}]}}, "evaluation.stop[0].above"),
+        ({"evaluation": {"stop": [{"metric": "bbp/held-out", "below": 1.0}]}}, "evaluation.stop[0].metric"),
+        ({"evaluation": {"best": "masked_ce/held-out/b4"}}, "evaluation.best"),
+        ({"evaluation": {"suites": ["masked_ce", {"name": "masked_ce", "t": [0.5]}]}}, "evaluation.suites[1]"),
+        ({"generation": {"prompts": ["the", ""]}}, "generation.prompts[1]"),
+        ({"data": {"train": [{"source": "jsonl:nowhere.jsonl"}]}}, "data.train[0].source"),
+        ({"data": {"eval": [{"source": {"name": "docstrings", "packages": ["no-such"]}}]}}, "data.eval[0].source"),
+        ({"data": {"train": [{"source": "hub:org/out-of-reach"}]}}, "data.train[0].source"),
         ({"generation": {"samplers": []}}, "generation.samplers"),
         ({"optimizer_state": "keep"}, "optimizer_state"),
         ({"model": {"base": "nowhere/at-all", "conversions": ["mask_token"]}}, "model.base"),
@@ -146,6 +172,40 @@ def test_rules(change, where, tiny_base, tmp_path):
     assert where in {p.where for p in problems(resolve(recipe))}
 
 
+def test_a_wrong_key_hides_no_other_problem(recipe_file, capsys):
+    """Sections that can be read are checked beside those that cannot, without guesses about the wrong keys."""
+    argv = ["-c", recipe_file, "trainer.stepz=3", "data.seqlen=32", "objective.ar_weight=x"]
+    argv += ["optimizer.lr=-1", "model.revision=main", "evaluation.best=bbp/held-out", "checkpoint.keep=0"]
+    for verb in ("validate", "fit"):
+        assert cli.main([verb, *argv]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        keys = sorted(line.split(":")[1].strip() for line in lines)
+        wrong = ["data.seqlen", "objective.ar_weight", "trainer.stepz"]
+        assert keys == sorted([*wrong, "checkpoint.keep", "evaluation.best", "model.revision", "optimizer.lr"])
+
+
+def test_a_folder_without_weights_is_refused_beforehand(tiny_base, tmp_path):
+    from adapt.config import resolve
+    from adapt.train.validate import problems
+
+    shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"")
+    (found,) = problems(resolve(tiny_recipe(tmp_path / "base", tmp_path)))
+    assert found.where == "model.base"
+    assert "pytorch_model.bin: pickled weights" in found.what
+
+
+def test_metrics_of_other_sizes_and_suites_are_known(tiny_base, tmp_path):
+    from adapt.config import resolve
+    from adapt.train.validate import problems
+
+    suites = ["bpb", "masked_ce", {"name": "masked_ce", "block_size": 4}, "tokens_per_forward", "elbo"]
+    suites[-1] = {"name": "elbo", "block_size": 4}
+    for metric in ("masked_ce/held-out/b4/t0.5", "tokens_per_forward/tau0.9", "elbo_bpb/held-out/b4", "bpb/held-out"):
+        recipe = tiny_recipe(tiny_base, tmp_path, evaluation={"suites": suites, "best": metric})
+        assert problems(resolve(recipe)) == []
+
+
 def test_problems_of_one_stage_name_it(tiny_base, tmp_path):
     from adapt.config import resolve
     from adapt.train.validate import problems
@@ -159,9 +219,12 @@ def test_offline_says_what_it_could_not_check(tiny_base, tmp_path, capsys):
     path = tmp_path / "far.yaml"
     recipe = tiny_recipe(tiny_base, tmp_path)
     recipe["model"] = {"base": "somewhere/far", "conversions": ["mask_token"]}
+    recipe["data"]["train"].append({"source": "hub:org/far"})
     path.write_text(yaml.safe_dump(recipe))
     assert cli.main(["validate", "-c", str(path), "--offline"]) == 0
-    assert "# ? not checked: model.base" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "# ? not checked: model.base" in shown
+    assert "# ? not checked: data.train[1].source: data set org/far" in shown
 
 
 def raising(error: BaseException):
@@ -222,3 +285,25 @@ def test_recipes_are_listed_with_their_first_comment(capsys):
     assert any(
         line.startswith("nbdiff ") and "block-diffusion" in line for line in capsys.readouterr().out.splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("trainer.precision", "bf16"),
+        ("trainer.compile", True),
+        ("trainer.activation_checkpointing", True),
+        ("trainer.mesh", {"replicate": 2}),
+        ("trainer.devices", 2),
+        ("trainable.lora", {"rank": 4}),
+    ],
+)
+def test_what_is_built_once_cannot_change_between_stages(key, value, tiny_base, tmp_path):
+    """The model is sharded, compiled and given adapters before the first stage; a stage's own wish would be ignored."""
+    from adapt.config import resolve
+    from adapt.train.validate import check
+
+    section, name = key.split(".")
+    stages = [{"name": "a"}, {"name": "b", section: {name: value}}]
+    found = check(resolve(tiny_recipe(tiny_base, tmp_path) | {"stages": stages})).problems
+    assert f"stages[1].{key}" in [p.where for p in found]

@@ -7,7 +7,7 @@ import yaml
 
 from adapt.config import load, resolve, shipped_recipes
 from adapt.config.text import read_yaml, write_yaml
-from adapt.errors import UserError
+from adapt.errors import RecipeError, UserError
 from tests.recipes import tiny_recipe
 
 
@@ -116,7 +116,7 @@ def test_a_component_is_replaced_when_its_name_changes_and_merged_otherwise(reci
     assert load(str(recipe_file), ["objective.name=next_token"]).recipe.objective.name == "next_token"
     assert load(str(recipe_file), ["objective=next_token"]).recipe.objective.name == "next_token"
     both = load(str(recipe_file), ["schedule.final=0.5", "schedule.name=cosine"]).recipe.schedule.config
-    assert (both.final, both.warmup) == (0.5, 2)
+    assert (both.final, both.warmup) == (0.5, 0.34)
     other = load(str(recipe_file), ["schedule.warmup=3", "schedule.name=constant"]).recipe.schedule
     assert (other.name, other.config.warmup) == ("constant", 3)  # the field is the new component's
 
@@ -242,6 +242,37 @@ def test_files_that_are_no_recipes(tmp_path, text, message):
 def test_malformed_overrides(recipe_file, item):
     with pytest.raises(UserError, match="override"):
         load(str(recipe_file), [item])
+
+
+def test_keys_of_recipe_files_are_known(plain, tmp_path):
+    plain["stage"] = [{"name": "a"}]
+    with pytest.raises(UserError) as error:
+        resolve(plain)
+    assert "Did you mean 'stages'?" in problems(error)["stage"]
+
+
+def test_a_parent_that_is_not_there_is_named_with_its_child(tmp_path):
+    (tmp_path / "middle.yaml").write_text("extends: nope\n")
+    (tmp_path / "child.yaml").write_text("extends: middle.yaml\n")
+    with pytest.raises(UserError, match=r"middle.yaml: extends: there is no recipe file 'nope'"):
+        load(str(tmp_path / "child.yaml"))
+
+
+def test_what_can_be_read_of_a_broken_recipe(plain):
+    plain["trainer"]["stepz"] = 3
+    plain["evaluation"]["suites"] = ["bpb", "bpbb", "masked_ce"]
+    plain["stages"] = [{"name": "a"}, {"name": "b", "optimizer": {"lr": "much"}}]
+    with pytest.raises(RecipeError) as error:
+        resolve(plain)
+    assert set(problems(error)) == {"trainer.stepz", "evaluation.suites[1]", "stages[1].optimizer.lr"}
+    first, second = error.value.readable.stages
+    assert [s.name for s in first.evaluation.suites] == ["bpb", "masked_ce"]
+    assert (first.optimizer.config.lr, first.trainer.steps) == (1e-3, 6)
+    assert second.optimizer.config.lr == 1e-5  # its default
+    del plain["model"]["base"]
+    with pytest.raises(RecipeError) as error:
+        resolve(plain)
+    assert error.value.readable is None
 
 
 def test_an_unknown_recipe_lists_the_shipped(tmp_path):

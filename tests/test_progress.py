@@ -54,6 +54,10 @@ def test_losses_that_are_not_finite_are_said(loss):
     assert "not finite" in shown([(1, {**VALUES, "loss": loss})])
 
 
+def test_a_learning_rate_that_is_not_finite_breaks_nothing():
+    assert "lr not finite" in shown([(1, {**VALUES, "lr": float("inf")})])
+
+
 def test_metrics_are_json_lines_on_disk_at_once(tmp_path):
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     logger.log_metrics({"loss": float("nan"), "lr": 0.5}, step=1)

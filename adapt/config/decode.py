@@ -167,7 +167,7 @@ def _keys(cls) -> list[str]:
 def _problems(error: BaseException, where: str):
     """Flatten a cattrs exception tree into Problems with dotted keys."""
     if isinstance(error, ForbiddenExtraKeysError):
-        known = _keys(error.cl)
+        known = [*_keys(error.cl), *getattr(error.cl, "OTHER_KEYS", ())]
         for key in sorted(error.extra_fields):
             yield Problem(
                 _join(where, key), f"there is no such key.{nearest(key, known)} Known here: {', '.join(known)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -14,7 +15,7 @@ from adapt.config.decode import decode, encode
 from adapt.config.merge import merge
 from adapt.config.schema import STAGE_SECTIONS, Recipe
 from adapt.config.text import read_yaml, write_yaml
-from adapt.errors import Problem, UserError, nearest
+from adapt.errors import Problem, RecipeError, UserError, nearest
 
 SHIPPED = Path(str(resources.files("adapt"))) / "configs"
 
@@ -89,9 +90,13 @@ def load(name: str, overrides: list[str] | None = None) -> Resolved:
             data = merge(data, value, Recipe)
         except UserError as error:
             problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return resolve(data)
+    if not problems:
+        return resolve(data)
+    try:
+        readable = resolve(data)
+    except RecipeError as error:
+        readable, problems = error.readable, [*problems, *error.problems]
+    raise RecipeError(problems, readable)
 
 
 def _override(item: str) -> tuple[list[str], Any]:
@@ -159,13 +164,45 @@ def resolve(data: dict[str, Any]) -> Resolved:
             what = f"a stage may override only {', '.join(STAGE_SECTIONS)}.{nearest(key, STAGE_SECTIONS)}"
             problems.append(Problem(f"{where}.{key}", what))
         over = {k: v for k, v in stage.items() if k in STAGE_SECTIONS}
-        try:
-            recipes.append(decode(_interpolated(merge(base, over, Recipe)), Recipe))
-        except UserError as error:
-            problems += [Problem(f"{where}.{p.where}", p.what) if _has(over, p.where) else p for p in error.problems]
+        recipe, found = _stage(base, over)
+        recipes.append(recipe)
+        problems += [Problem(f"{where}.{p.where}", p.what) if _has(over, p.where) else p for p in found]
     if problems:
-        raise UserError(dict.fromkeys(problems))
+        readable = None if None in recipes else Resolved(tuple(recipes), tuple(map(str, names)), data)
+        raise RecipeError(dict.fromkeys(problems), readable)
     return Resolved(tuple(recipes), tuple(names), data)
+
+
+def _stage(base: dict[str, Any], over: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe of one stage, and what is wrong in it: then it is the recipe without the keys that are wrong."""
+    problems: list[Problem] = []
+    try:
+        data = _interpolated(merge(base, over, Recipe))
+        for _ in range(3):  # without a wrong key, another one may be missing; what is missing cannot be left out
+            try:
+                return decode(data, Recipe), problems
+            except UserError as error:
+                problems = problems or error.problems
+                data = without(data, [p.where for p in error.problems])
+    except UserError as error:
+        problems = problems or error.problems
+    return None, problems
+
+
+def without(data: Any, paths: list[str]) -> Any:
+    """A copy of `data` that lacks these keys; of a list, the element."""
+    data = copy.deepcopy(data)
+    for path in sorted(paths, reverse=True):  # the later elements of a list go first
+        *way, last = _keys(path)
+        here = data
+        for key in way:
+            here = here[int(key)] if isinstance(here, list) and key.isdigit() else here
+            here = here.get(key) if isinstance(here, dict) else here
+        if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+            del here[int(last)]
+        elif isinstance(here, dict):
+            here.pop(last, None)
+    return data
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -186,5 +223,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(Problem("extends", f"expected the name or file of a recipe, got {parents!r}"))
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, _read(find(parent, path), (*seen, path.resolve())), Recipe)
+        try:
+            file = find(parent, path)
+        except UserError as error:
+            raise UserError([Problem(f"{path}: extends", p.what) for p in error.problems]) from None
+        merged = merge(merged, _read(file, (*seen, path.resolve())), Recipe)
     return merge(merged, data, Recipe)

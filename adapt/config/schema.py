@@ -6,7 +6,7 @@ Component configs (objective, optimizer, ...) live beside their components; here
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from adapt.components import (
     ConversionChoice,
@@ -222,6 +222,9 @@ class Generation:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One stage's complete configuration; a run is a list of one or more of these."""
+
+    OTHER_KEYS: ClassVar[tuple[str, ...]] = ("stages", "extends")
+    """Keys of a recipe file that are gone once it is resolved."""
 
     run: Run
     model: Model

@@ -33,6 +33,16 @@ def plan_conversions(recipe: Recipe, config, tokenizer):
     return config, tokenizer
 
 
+def planned_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The student's tokenizer, what conversions add included: what all data of the recipe is tokenised with."""
+    from adapt.pretrained import load_config, load_tokenizer
+
+    tokenizer = load_tokenizer(recipe)
+    if not recipe.model.conversions:
+        return tokenizer
+    return plan_conversions(recipe, load_config(recipe.model), tokenizer)[1]
+
+
 def apply_conversions(recipe: Recipe, model, tokenizer) -> None:
     """All conversions, in place."""
     for where, conversion in _conversions(recipe):

@@ -108,6 +108,8 @@ def choose(wish: MaskTokenConfig, config, tokenizer) -> Choice:
     if choice.how != "new" and not 0 <= choice.id < rows:
         raise UserError(Problem("id", f"{choice.token!r} has id {choice.id}, but the model has {rows} embedding rows"))
     _refuse_taken(choice.id, config, tokenizer)
+    if choice.how == "existing":
+        _refuse_word(choice, tokenizer)
     return choice
 
 
@@ -171,6 +173,17 @@ def _refuse_taken(token: int, config, tokenizer) -> None:
     if role := special_ids(config, tokenizer).get(token):
         what = f"token {token} is the model's {role} token, so masked and {role} positions would look alike"
         raise UserError(Problem("token", f"{what}; choose another"))
+
+
+def _refuse_word(choice: Choice, tokenizer) -> None:
+    """An ordinary piece of the vocabulary is in every text, and would lose its embedding."""
+    special = choice.id in tokenizer.added_tokens_decoder or choice.id in tokenizer.all_special_ids
+    if not (special or choice.token in MASK_NAMES or RESERVED.match(choice.token)):
+        what = (
+            f"{choice.token!r} (id {choice.id}) is an ordinary piece of text: its embedding would be lost, and masked "
+            "positions would look like it"
+        )
+        raise UserError(Problem("token", f"{what}; name a special or reserved token, a new one, or leave it out"))
 
 
 def _name(tokenizer, choice: Choice) -> None:

@@ -48,6 +48,8 @@ class Source(Protocol):
     where: str
     """What the user would look at when it yields nothing: a path, a Hub id."""
     licence: str | None
+    # A source that others serve says `remote = True`; one with a method `use_cache(folder)` is told, before it is read,
+    # where it may keep what it learned.
 
     def fingerprint(self) -> str:
         """Changes when the documents change; far cheaper than reading them. Raises UserError for what is missing."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from adapt.data.batch import CONTEXT, TARGET
+from adapt.data.chat import BadConversation, Chat
 from adapt.data.documents import BadRecord, Document, Messages
 from adapt.errors import UserError
-
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Encoder:
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.pad_id = next((i for i in (pad, eos) if i is not None), 0)
         self.has_template = bool(tokenizer.chat_template)
-        self.has_tags = self.has_template and bool(GENERATION_TAG.search(str(tokenizer.chat_template)))
+        self.chat = Chat(tokenizer)
 
     def encode(self, documents: list[Document]) -> Iterator[list[Encoded] | BadRecord]:
         """In order; plain texts are tokenised together, which is several times faster."""
@@ -67,7 +65,7 @@ class Encoder:
                     yield [Encoded(tokens, None, len(document.text.encode()))]
                 else:
                     yield list(self._sequences(document))
-            except _BadDocument as error:
+            except BadConversation as error:
                 yield BadRecord(document.id, str(error))
 
     def _sequences(self, document: Document) -> Iterator[Encoded]:
@@ -99,45 +97,18 @@ class Encoder:
         if not self.has_template:
             raise UserError("the data has conversations, but the tokenizer has no chat template")
         try:
-            tokens, mask = self._by_tags(messages) if self.has_tags else self._by_prefixes(messages)
-        except (UserError, _BadDocument):
+            tokens, mask = self.chat.encode(messages)
+        except (UserError, BadConversation):
             raise
         except Exception as error:  # templates raise what they like (jinja2.TemplateError and others)
-            raise _BadDocument(f"the chat template refuses it: {error}") from None
+            raise BadConversation(f"the chat template refuses it: {error}") from None
         if last_only:
             mask = _last_run(mask)
         if not any(mask):
-            raise _BadDocument("the chat template leaves no token of an assistant turn")
+            raise BadConversation("the chat template leaves no token of an assistant turn")
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         num_bytes = sum(len(a.encode()) for a in (answers[-1:] if last_only else answers))
         return Encoded(tokens, [TARGET if m else CONTEXT for m in mask], num_bytes)
-
-    def _by_tags(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """The template marks the assistant's tokens itself."""
-        out = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return out["input_ids"], out["assistant_masks"]
-
-    def _by_prefixes(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """An answer is what a conversation's text has more than its text up to the assistant's header."""
-        render = self.tokenizer.apply_chat_template
-        whole = render(messages, tokenize=False)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if i == 0:
-                raise _BadDocument("begins with the assistant: there is nothing to answer")
-            before = render(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = render(messages[: i + 1], tokenize=False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    "the tokenizer's chat template writes earlier turns differently once later ones follow, so the "
-                    "answers cannot be located; give it a template with {% generation %} ... {% endgeneration %}"
-                )
-            spans.append((len(before), len(after.rstrip())))
-        out = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        mask = [int(any(a < stop and start < b for a, b in spans)) for start, stop in out["offset_mapping"]]
-        return out["input_ids"], mask
 
     def _ids(self, texts: list[str], special: bool = True) -> list[list[int]]:
         """`split_special_tokens`: a document that mentions `<|endoftext|>` does not end there."""
@@ -148,10 +119,6 @@ class Encoder:
     def _ended(self, tokens: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
         return tokens if eos is None or not tokens or tokens[-1] == eos else [*tokens, eos]
-
-
-class _BadDocument(ValueError):
-    pass
 
 
 def _as_messages(prompt: str | Messages | None) -> Messages:

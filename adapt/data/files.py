@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -14,11 +15,14 @@ from adapt.errors import UserError
 WHOLE = 256 * 2**20
 """Up to so many bytes in all, contents are hashed; beyond, sizes, times and the ends of each file."""
 END = 2**20
+NEWLINE = b"\n"
 
 
 def find(path: str, suffixes: Iterable[str]) -> list[Path]:
     """The files a path means: itself, all with one of `suffixes` below a folder, or the matches of a glob; sorted."""
     suffixes = tuple(suffixes)
+    if not path.strip():
+        raise UserError("the path is empty; give a file, a folder or a glob pattern (`.` is the working directory)")
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
@@ -63,14 +67,16 @@ def read_text(file: Path) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise unreadable(file, error) from None
-    return decode(data, str(file)).removeprefix("\ufeff").replace("\r\n", "\n")
+    return decode(data, str(file), lines=True).removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def decode(data: bytes, where: str, start: int = 0) -> str:
+def decode(data: bytes, where: str, start: int = 0, lines: bool = False) -> str:
+    """`data` begins at byte `start` of what `where` names; `lines`: it has several, so the line is named too."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = data[error.start]
+        where = f"{where}:{data.count(NEWLINE, 0, error.start) + 1}" if lines else where
         raise UserError(
             f"{where}: byte {start + error.start:,d} (0x{byte:02x}) is not UTF-8; convert the file "
             "(for instance with `iconv -t UTF-8`) or remove it"
@@ -78,11 +84,13 @@ def decode(data: bytes, where: str, start: int = 0) -> str:
 
 
 def lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset of the line, the line without its end). Reads `.gz` too."""
+    """(line number from 1, byte offset of the line, the line without its end or a byte-order mark). Reads `.gz` too."""
     offset = 0
     try:
         with _open(file) as stream:
             for number, line in enumerate(stream, 1):
+                if number == 1 and line.startswith(codecs.BOM_UTF8):
+                    offset, line = len(codecs.BOM_UTF8), line[len(codecs.BOM_UTF8) :]
                 yield number, offset, line.rstrip(b"\r\n")
                 offset += len(line)
     except (OSError, EOFError) as error:  # EOFError: a cut gzip file

@@ -25,7 +25,8 @@ from adapt.data.encode import Encoder
 from adapt.data.shards import TokenShards
 from adapt.errors import Problem, UserError
 
-FORMAT = 1
+FORMAT = 2
+"""Part of the cache key: raise it when what is written changes."""
 log = logging.getLogger("adapt.data")
 
 
@@ -51,10 +52,11 @@ class Prepared:
         }
 
 
-def prepare(recipe: Recipe, tokenizer: Any, *, progress: bool = True) -> Prepared:
-    """Raises UserError with what is wrong in every dataset that cannot be opened."""
+def prepare(recipe: Recipe, tokenizer: Any, *, train: bool = True, progress: bool = True) -> Prepared:
+    """Raises UserError with what is wrong in every dataset that cannot be opened. `train=False`: only the held-out
+    sets, for measuring; nothing else is opened."""
     data = recipe.data
-    held_out, training = open_sources(data)
+    held_out, training = open_sources(data, train=train)
     encoder = Encoder(tokenizer)
     evaluated = {}
     for where, dataset, source in held_out:
@@ -67,21 +69,47 @@ def prepare(recipe: Recipe, tokenizer: Any, *, progress: bool = True) -> Prepare
         options = Options(data.exact_dedup, data.near_dedup, dataset.max_tokens, data.max_bad_lines)
         against = tuple(evaluated.values()) if data.exact_dedup or data.near_dedup is not None else ()
         trained.append(_shards(where, dataset, source, encoder, options, against, data.cache, progress))
-    return Prepared(trained, evaluated)
+    prepared = Prepared(trained, evaluated)
+    _refuse_other_forms(recipe, prepared)
+    return prepared
+
+
+def _refuse_other_forms(recipe: Recipe, prepared: Prepared) -> None:
+    """Preference pairs are for objectives that tell the chosen from the rejected, and those read nothing else."""
+    pairs = recipe.objective.declares("pairs")
+    wrong = [f"data.train[{i}].source" for i, shards in enumerate(prepared.train) if shards.has_pairs != pairs]
+    held_out = enumerate(prepared.eval.values())
+    wrong += [f"data.eval[{i}].source" for i, shards in held_out if shards.has_pairs and not pairs]
+    if wrong:
+        raise UserError([pairs_problem(recipe, where) for where in wrong])
+
+
+def pairs_problem(recipe: Recipe, where: str) -> Problem:
+    name = recipe.objective.name
+    if recipe.objective.declares("pairs"):
+        return Problem(where, f"the objective {name} learns from preference pairs, and these records are none")
+    return Problem(
+        where,
+        f"these are preference pairs, and the objective {name} would learn the rejected answers as well as the chosen "
+        "ones; use an objective that compares them, or data with the chosen ones alone",
+    )
 
 
 Opened = list[tuple[str, Dataset, Source]]
 
 
-def open_sources(data: Data) -> tuple[Opened, Opened]:
+def open_sources(data: Data, *, train: bool = True) -> tuple[Opened, Opened]:
     """(key in the recipe, dataset, source) of the held-out and the training data; all problems at once."""
     problems: list[Problem] = []
     opened: dict[str, Opened] = {"eval": [], "train": []}
-    for section, datasets in (("eval", data.eval), ("train", data.train)):
+    for section, datasets in (("eval", data.eval), ("train", data.train if train else ())):
         for i, dataset in enumerate(datasets):
             where = f"data.{section}[{i}].source"
             try:
-                opened[section].append((where, dataset, dataset.source.build()))
+                source = dataset.source.build()
+                if hasattr(source, "use_cache"):
+                    source.use_cache(cache_folder(data.cache))
+                opened[section].append((where, dataset, source))
             except UserError as error:
                 problems += [Problem(p.where or where, p.what) for p in error.problems]
     labels = [dataset.name or source.label for _, dataset, source in opened["eval"]]

@@ -72,14 +72,6 @@ class Rows:
         epoch, index = divmod(unit, len(self) // self.unit)
         return epoch, self._permutation(epoch)[index] * self.unit + member
 
-    def num_bytes(self, index: int) -> float:
-        """UTF-8 bytes of the learned text in a row; of a document cut at its border, in proportion to its tokens."""
-        offsets = self.shards.document_offsets
-        return sum(
-            float(self.shards.document_bytes[d]) * (stop - start) / float(offsets[d + 1] - offsets[d])
-            for d, start, stop in self._segments(index)
-        )
-
     def _segments(self, index: int) -> list[tuple[int, int, int]]:
         """(document, start, stop) of the pieces of documents in a row, as offsets in the shards."""
         if self.unit == 2:

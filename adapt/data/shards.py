@@ -131,10 +131,6 @@ class TokenShards:
     pad_id = property(lambda self: int(self.manifest["pad_id"]))
 
     @cached_property
-    def num_bytes(self) -> int:
-        return int(self.document_bytes.sum())
-
-    @cached_property
     def fingerprint(self) -> str:
         """Of the tokens themselves, wherever they came from."""
         files = self.manifest["files"]

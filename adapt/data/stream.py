@@ -13,7 +13,7 @@ from adapt.data.batch import Batch
 from adapt.data.mixture import Mixture
 from adapt.data.rows import Row, Rows, padding
 from adapt.data.shards import TokenShards
-from adapt.errors import UserError
+from adapt.errors import Problem, UserError
 
 EVAL_SEED = 0
 """Held-out documents are shuffled once and for all: the first rows are a sample of all of them."""
@@ -61,14 +61,11 @@ class TrainStream:
         """
         stride = stride or self.unit
         if rows_per_step <= 0 or rows_per_step % (world * stride):
-            raise ValueError(f"{rows_per_step} rows a step cannot be dealt out to {world} ranks, {stride} at a time")
+            pairs = ", each with whole pairs" if stride > 1 else ""
+            what = f"{rows_per_step} rows a step cannot be dealt out to {world} rank(s){pairs}"
+            raise UserError(Problem("trainer.batch_tokens", f"{what}; give a multiple of {world * stride} rows"))
         first = self.offset + step * rows_per_step
         return self.batch(first + deal(place, rank, world, stride) for place in range(rows_per_step // world))
-
-    def epochs(self, num_rows: int) -> list[float]:
-        """How often each source has been gone through after `num_rows` positions."""
-        share = [q / self.mixture.period for q in self.mixture.quotas]
-        return [num_rows * s / len(r) for s, r in zip(share, self.rows, strict=True)]
 
 
 def eval_batches(
@@ -94,13 +91,6 @@ def eval_batches(
             else:
                 batch.append((padding(seq_len, shards.pad_id), source, 0, -1))
         yield collate(batch)
-
-
-def eval_bytes(shards: TokenShards, seq_len: int, limit: int | None) -> float:
-    """UTF-8 bytes of the learned text in the rows `eval_batches` yields over all ranks: for bits per byte."""
-    rows = Rows(shards, seq_len, EVAL_SEED)
-    count = num_eval_rows(rows, limit)
-    return float(shards.num_bytes) if count == len(rows) and rows.unit == 1 else sum(map(rows.num_bytes, range(count)))
 
 
 def num_eval_rows(rows: Rows, limit: int | None) -> int:

@@ -14,7 +14,8 @@ from adapt.errors import Problem, UserError
 
 
 def fetch(resolved: Resolved, args: argparse.Namespace) -> int:
-    """Open every source and read its first document. What the Hub says is remembered for later, offline."""
+    """Open every source and read its first document: a test of paths, names and access. The texts themselves are
+    streamed when the data is prepared."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -36,6 +37,12 @@ def fetch(resolved: Resolved, args: argparse.Namespace) -> int:
             )
     if problems:
         raise UserError(problems)
+    console.print(
+        "Every source answers and its first document can be read. The texts were not copied: preparation streams them, "
+        "as far as max_tokens, and the token shards it writes are all that training needs; so run `adapt data prepare` "
+        "where the network is.",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -48,10 +55,13 @@ def prepare_verb(resolved: Resolved, args: argparse.Namespace) -> int:
 
 
 def stats(resolved: Resolved, args: argparse.Namespace) -> int:
-    """Print the manifest; with `args.json`, as JSON."""
+    """Print the manifest, once every file is found to be as it was written; with `args.json`, as JSON."""
     from rich.console import Console
 
     manifests = [(prepared.manifest, prepared) for _, prepared in _prepared(resolved)]
+    for _, prepared in manifests:
+        for _, shards in _labelled(prepared):
+            shards.verify()
     if getattr(args, "json", False):
         print(json.dumps([manifest for manifest, _ in manifests], indent=1, ensure_ascii=False))
         return 0
@@ -94,10 +104,10 @@ def _labelled(prepared: Prepared) -> list[tuple[str, Any]]:
 
 
 def _prepared(resolved: Resolved) -> list[tuple[Recipe, Prepared]]:
-    from adapt.pretrained import load_tokenizer
+    from adapt.conversion.base import planned_tokenizer
 
     recipes = _different(resolved)
-    tokenizer = load_tokenizer(recipes[0])
+    tokenizer = planned_tokenizer(recipes[0])
     return [(recipe, prepare(recipe, tokenizer)) for recipe in recipes]
 
 

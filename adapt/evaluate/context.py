@@ -17,7 +17,8 @@ from adapt.objectives.base import Facts
 
 
 class Suite(Protocol):
-    """Built by `registry entry(config)`."""
+    """Built by `registry entry(config)`. A config with `metrics(recipe, datasets) -> names` states beforehand what will
+    be measured, so that rules which name a metric can be checked; `problems(recipe)` says what cannot work."""
 
     def __call__(self, context: EvalContext) -> dict[str, float]:
         """Metric name -> value, the same on every rank."""

@@ -69,11 +69,12 @@ def choices(names: str | None, recipe: Recipe):
     from adapt.components import SuiteChoice
     from adapt.config import decode
 
-    configured = {c.name: c for c in recipe.evaluation.suites}
+    configured = recipe.evaluation.suites
     if names is None:
-        return tuple(configured.values()) or (decode("bpb", SuiteChoice),)
-    wanted = [n.strip() for n in names.split(",") if n.strip()]
-    return tuple(configured.get(n) or decode(n, SuiteChoice, "--suite") for n in wanted)
+        return configured or (decode("bpb", SuiteChoice),)
+    wanted = dict.fromkeys(n.strip() for n in names.split(",") if n.strip())
+    found = ([c for c in configured if c.name == n] or [decode(n, SuiteChoice, "--suite")] for n in wanted)
+    return tuple(choice for several in found for choice in several)
 
 
 def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | None) -> EvalContext:
@@ -111,5 +112,5 @@ def held_out(recipe: Recipe, tokenizer: Any, limit: int | None) -> dict[str, Cal
 
     return {
         label: partial(eval_batches, shards, recipe.data.seq_len, ROWS_PER_BATCH, limit)
-        for label, shards in prepare(recipe, tokenizer).eval.items()
+        for label, shards in prepare(recipe, tokenizer, train=False).eval.items()
     }

@@ -58,9 +58,14 @@ class Models:
 
 
 class Objective(Protocol):
-    """Built by `registry entry(config, facts)`."""
+    """Built by `registry entry(config, facts)`. The entry is annotated to return the objective's own class, so that its
+    class attributes are known before anything is built."""
 
-    needs_teacher: bool
+    needs_teacher: bool = False
+    """Whether `models.teacher` is read."""
+    pairs: bool = False
+    """Whether it reads preference pairs (`batch.pair_index`), and nothing else; others would learn the rejected
+    answers too."""
 
     def prepare(self, batch: Batch, *, seed: int, step: int) -> Prepared:
         """Pure: the noise is a function of (seed, batch.source, batch.epoch, batch.sample_index); the step enters

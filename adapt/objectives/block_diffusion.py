@@ -176,8 +176,13 @@ class BlockDiffusion:
 
     def hideable(self, batch: Batch, blocks: Blocks) -> Tensor:
         """[B, T] bool: supervised tokens, less those the AR head gives."""
-        learned = (batch.role == TARGET) & (batch.labels != -100)
+        learned = (batch.role == TARGET) & self._supervised(batch)
         return learned & ~blocks.first if self.config.block_first == "ar" else learned
+
+    def _supervised(self, batch: Batch) -> Tensor:
+        """[B, T] bool: tokens with a label. A mask token in the text teaches nothing: its logit is not in the softmax,
+        so as a target its loss would be infinite."""
+        return (batch.labels != -100) & (batch.labels != self.mask_token_id)
 
     def lay_out(
         self,
@@ -191,7 +196,7 @@ class BlockDiffusion:
     ) -> Prepared:
         """The model's inputs and the loss's targets for given masks, one noisy copy for each of `views`."""
         config = self.config
-        noisy, clean = [self._targets(batch, view) for view in views], Targets.of(batch)
+        noisy, clean = [self._targets(batch, view) for view in views], Targets.of(batch, self._supervised(batch))
         hidden = sum(len(n.ids) for n in noisy)
         # Without a masked token the noisy copies teach nothing, and leaving them out changes no clean logit. Nor is
         # there a clean copy where nobody looks at it: a block that is the whole document has no context.

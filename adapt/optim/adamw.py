@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,12 +27,14 @@ class AdamWConfig:
     """Decoupled decay of parameters with two or more dimensions; 0 is usual when little data meets a trained model."""
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if not self.lr > 0:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
             yield Problem("optimizer.lr", f"{self.lr} must be above 0; 1e-5 to 1e-4 is usual for adaptation")
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 yield Problem(f"optimizer.{key}", f"{getattr(self, key)} must be in [0, 1)")
-        if not self.weight_decay >= 0:
+        if not (self.eps > 0 and math.isfinite(self.eps)):
+            yield Problem("optimizer.eps", f"{self.eps} must be above 0; 1e-8 is usual")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             yield Problem("optimizer.weight_decay", f"{self.weight_decay} must be 0 or more")
 
 

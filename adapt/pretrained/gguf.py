@@ -58,7 +58,11 @@ def dequantised(base: Base, *, offline: bool = False) -> Path:
     folder = cached_folder(base)
     try:
         return make_once(folder, build)
-    except (OSError, SafetensorError) as error:  # safetensors has its own exception for a full disk
+    except (
+        OSError,
+        ValueError,
+        SafetensorError,
+    ) as error:  # ValueError: a cut file's tensors; safetensors: a full disk
         what = f"{base.text} cannot be dequantised into {folder.parent}: {getattr(error, 'strerror', None) or error}"
         raise UserError(Problem("model.base", f"{what}. $ADAPT_CACHE may name another place")) from error
 
@@ -110,7 +114,11 @@ def gguf_config(path: Path, header: Header | None = None):
 
     header = header or read_header(path)
     meta, names = header.metadata, header.names
-    family = meta["general.architecture"]
+    family = meta.get("general.architecture")
+    if family is None:
+        raise UserError(Problem("model.base", f"{path.name} does not say its architecture (general.architecture)"))
+    if "token_embd.weight" not in header.tensors:
+        raise UserError(Problem("model.base", f"{path.name} has no token embedding (token_embd.weight)"))
     if family not in FAMILIES:
         why = f": {REASONS[family]}" if family in REASONS else ""
         raise UserError(Problem("model.base", f"{path.name}: the {family} family is not supported{why}"))

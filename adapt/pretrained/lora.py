@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from adapt.config.schema import Lora
 from adapt.errors import Problem, UserError, nearest
 
 ADAPTER = "default"
 
 
-def add_lora(model, lora: Lora):
-    """Put adapters into every linear module whose name ends in one of `lora.targets`, and freeze everything else."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from torch import nn
-
-    if lora.rank < 1:
-        raise UserError(Problem("trainable.lora.rank", f"must be at least 1; got {lora.rank}"))
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def lora_problems(model, lora: Lora) -> list[Problem]:
+    """What keeps these adapters from this model; it may be on the meta device."""
+    linear = _linear(model)
     ends = {name.rpartition(".")[2] for name in linear}
-    unmatched = [t for t in lora.targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
     problems = [
         Problem(
             "trainable.lora.targets",
             f"{t!r} matches no linear module.{nearest(t, ends)} There are: {', '.join(sorted(ends))}",
         )
-        for t in unmatched
+        for t in lora.targets
+        if not any(_is(name, t) for name in linear)
     ]
-    tied = model.config.tie_word_embeddings and "lm_head" in lora.targets
-    if tied:
+    if lora.rank < 1:
+        problems.append(Problem("trainable.lora.rank", f"must be at least 1; got {lora.rank}"))
+    if model.config.tie_word_embeddings and "lm_head" in lora.targets:
         problems.append(
             Problem("trainable.lora.targets", "lm_head is tied to the embedding here and cannot be merged back")
         )
-    if problems or not lora.targets:
-        raise UserError(problems or [Problem("trainable.lora.targets", "is empty: nothing would train")])
+    if not lora.targets:
+        problems.append(Problem("trainable.lora.targets", "is empty: nothing would train"))
+    return problems
+
+
+def adapted_names(model, lora: Lora) -> list[str]:
+    """The parameters' names as they will be with adapters, without putting any in."""
+    adapted = {name for name in _linear(model) if any(_is(name, t) for t in lora.targets)}
+    names = []
+    for name, _ in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        names.append(f"{module}.base_layer.{leaf}" if module in adapted else name)
+    return names + [f"{name}.lora_{x}.{ADAPTER}.weight" for name in sorted(adapted) for x in "AB"]
+
+
+def _linear(model) -> list[str]:
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _is(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def add_lora(model, lora: Lora):
+    """Put adapters into every linear module whose name ends in one of `lora.targets`, and freeze everything else."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if problems := lora_problems(model, lora):
+        raise UserError(problems)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -61,19 +84,3 @@ def merge_lora(model):
         del model.peft_config
     model._hf_peft_config_loaded = False
     return model
-
-
-def merge_lora_state(state: dict[str, Any], lora: Lora) -> dict[str, Any]:
-    """The same on a full (gathered, unsharded) state dict: adapter keys in, plain transformers keys out."""
-    merged = {}
-    for name, weight in state.items():
-        if ".lora_" in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name and f"{stem}.lora_A.{ADAPTER}.weight" in state:
-            a, b = (state[f"{stem}.lora_{x}.{ADAPTER}.weight"] for x in "AB")
-            update = (b.float() @ a.float()) * (lora.alpha / lora.rank)
-            weight = (weight.float() + update).to(weight.dtype)
-        merged[plain] = weight
-    return merged

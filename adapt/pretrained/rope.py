@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapt.errors import Problem, UserError
+from adapt.errors import Problem, UserError, nearest
 
 WHERE = "model.rope_scaling"
+KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "short_factor",
+    "long_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "partial_rotary_factor",
+)
 
 
 def apply_rope(config, over: dict[str, Any] | None) -> None:
@@ -15,6 +33,13 @@ def apply_rope(config, over: dict[str, Any] | None) -> None:
         return
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    if unknown := sorted(set(over) - set(KEYS)):
+        raise UserError(
+            [
+                Problem(f"{WHERE}.{k}", f"is no RoPE parameter.{nearest(k, KEYS)} Known: {', '.join(KEYS)}")
+                for k in unknown
+            ]
+        )
     base = dict(config.rope_parameters or {})
     over = {("rope_type" if key == "type" else key): value for key, value in over.items()}
     kind = over.get("rope_type", base.get("rope_type", "default"))

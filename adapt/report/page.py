@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adapt.components import sections
 from adapt.errors import UserError
+from adapt.registry import Entry, UnknownComponent
 from adapt.report.data import COLOURS, RunData, read
 
 
@@ -19,7 +20,7 @@ def build(run: Path, compare: list[Path], out: Path | None) -> Path:
 
     runs = _read([Path(run), *map(Path, compare)])
     parts = []
-    for entry in map(sections.__getitem__, sections.names()):
+    for entry in map(_section, sections.names()):
         config = entry.config_type()
         html = entry.factory(config)(runs)
         if html:
@@ -34,6 +35,13 @@ def build(run: Path, compare: list[Path], out: Path | None) -> Path:
     except OSError as error:
         raise UserError(f"the report {target} cannot be written: {error.strerror}") from None
     return target
+
+
+def _section(name: str) -> Entry:
+    try:
+        return sections[name]
+    except UnknownComponent as error:  # of an installed package
+        raise UserError(str(error)) from None
 
 
 def _read(paths: list[Path]) -> list[RunData]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-
 import torch
 from torch import nn
 
@@ -17,6 +15,7 @@ from adapt.objectives.base import Facts
 from adapt.pretrained import load_model
 from adapt.pretrained.lora import add_lora
 from adapt.train.root import Root
+from adapt.train.trainable import select
 
 
 def build_student(recipe: Recipe, tokenizer) -> nn.Module:
@@ -63,29 +62,12 @@ def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
 
 
 def set_trainable(root: Root, trainable: Trainable) -> int:
-    """Freeze and thaw by name pattern; adapters train whenever there are any. Returns the number that trains.
-
-    Raises UserError for a pattern that matches nothing: a silent no-op is a week lost.
-    """
-    names = [n for n, _ in root.student.named_parameters()]
-    problems = [
-        Problem(f"trainable.{key}", f"pattern {pattern!r} matches no parameter; names look like {names[0]!r}")
-        for key in ("include", "exclude")
-        for pattern in getattr(trainable, key)
-        if not fnmatch.filter(names, pattern)
-    ]
-    if problems:
-        raise UserError(problems)
+    """Freeze and thaw. Returns the number of parameters that train."""
+    chosen = select([n for n, _ in root.student.named_parameters()], trainable)
     total = 0
     for name, parameter in root.student.named_parameters():
-        wanted = any(fnmatch.fnmatch(name, p) for p in trainable.include)
-        wanted = wanted and not any(fnmatch.fnmatch(name, p) for p in trainable.exclude)
-        if trainable.lora is not None:
-            wanted = wanted and "lora_" in name
-        parameter.requires_grad_(wanted)
-        total += parameter.numel() if wanted else 0
-    if total == 0:
-        raise UserError(Problem("trainable", "nothing is left to train; widen include or narrow exclude"))
+        parameter.requires_grad_(name in chosen)
+        total += parameter.numel() if name in chosen else 0
     return total
 
 

@@ -12,11 +12,11 @@ import torch
 
 from adapt.config import Resolved
 from adapt.config.schema import Recipe
+from adapt.conversion.base import planned_tokenizer
 from adapt.distributed import checkpoint
 from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
-from adapt.pretrained import load_tokenizer
 from adapt.runfolder import RunFolder
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import export, show_end
@@ -52,7 +52,7 @@ class _Run:
     def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float):
         self.resolved, self.folder, self.world, self.flag, self.began = resolved, folder, world, flag, began
         recipe = resolved.recipe
-        self.tokenizer = worlds.on_main(world, lambda: load_tokenizer(recipe)) or load_tokenizer(recipe)
+        self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
         student = build_student(recipe, self.tokenizer)
         self.facts = facts_of(recipe, student)

@@ -12,7 +12,7 @@ from typing import Any
 from adapt.console import printable
 
 SKIP = {"step", "stage", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "time", "epoch"}
-SHORT = {"block_size": "b", "memory_gib": "GiB", "mfu": "MFU"}
+SHORT = {"block_size": "b"}
 BARS = "▁▂▃▄▅▆▇█"
 
 _live: weakref.WeakSet[Progress] = weakref.WeakSet()
@@ -150,8 +150,8 @@ def figures(values: Mapping[str, Any]) -> list[str]:
     """Everything but the loss; the first is the token count (or empty)."""
     known = [f"tokens {values['tokens']:,}" if isinstance(values.get("tokens"), int) else ""]
     if values.get("lr") is not None:
-        mantissa, exponent = f"{values['lr']:.1e}".split("e")
-        known.append(f"lr {mantissa}e{int(exponent)}")
+        mantissa, _, exponent = f"{values['lr']:.1e}".partition("e")
+        known.append(f"lr {mantissa}e{int(exponent)}" if exponent else f"lr {number(values['lr'])}")
     if "grad_norm" in values:
         known.append(f"grad {number(values['grad_norm'])}")
     if values.get("tokens_per_s") is not None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from adapt.config import Recipe, Resolved
-from adapt.errors import Problem, UserError
+from adapt.config.schema import Trainable
+from adapt.errors import NotReachable, Problem, RecipeError, UserError, nearest
 from adapt.registry import Selection
+from adapt.train.rules import core_problems
 
 
 @dataclass
@@ -30,7 +29,7 @@ def check(resolved: Resolved, offline: bool = False) -> Report:
     """All stages; each problem once. `offline` reaches for nothing that is not on this machine."""
     report = Report()
     stages = resolved.stages
-    _add(report, resolved, [list(_core(recipe, index)) for index, recipe in enumerate(stages)])
+    _add(report, resolved, [list(core_problems(recipe, index)) for index, recipe in enumerate(stages)])
     report.checked.append(
         f"{len(stages)} stage{'s' * (len(stages) > 1)}: every key is known, has its type and its range"
     )
@@ -39,9 +38,27 @@ def check(resolved: Resolved, offline: bool = False) -> Report:
     _add(report, resolved, [_of_components(r, c) for r, c in zip(stages, chosen, strict=True)])
     names = dict.fromkeys(choice.name for stage in chosen for _, choice in stage)
     report.checked.append(f"components fit together: {', '.join(names)}")
-    if not any(p.where.startswith(("model", "data.seq_len")) for p in report.problems):
-        _check_bases(resolved, offline, report)
+    _check_data(resolved, offline, report)
+    _check_bases(resolved, offline, report)
     return report
+
+
+def further(error: RecipeError, offline: bool = False) -> list[Problem]:
+    """What else is wrong with a recipe that cannot be read whole, without guesses about the keys that are wrong."""
+    if error.readable is None:
+        return []
+    wrong = {re.sub(r"^stages\[\d+\]\.", "", p.where) for p in error.problems}
+    for problem in error.problems:  # the key that was meant is not known either
+        if meant := re.search(r"Did you mean '([^']+)'", problem.what):
+            path = re.sub(r"^stages\[\d+\]\.", "", problem.where)
+            wrong.add(f"{path.rpartition('.')[0]}.{meant[1]}".lstrip("."))
+
+    def depends(problem: Problem) -> bool:
+        where = problem.where.rpartition(" ")[2]
+        near = (where == w or w.startswith(f"{where}.") or where.startswith((f"{w}.", f"{w}[")) for w in wrong)
+        return any(near) or any(w in problem.what for w in wrong)
+
+    return [p for p in problems(error.readable, offline) if not depends(p)]
 
 
 def problems(resolved: Resolved, offline: bool = False) -> list[Problem]:
@@ -72,6 +89,16 @@ def selections(recipe: Recipe) -> Iterator[tuple[str, Selection]]:
     yield from walk(recipe, "")
 
 
+BUILT_ONCE = (
+    "trainer.precision",
+    "trainer.compile",
+    "trainer.activation_checkpointing",
+    "trainer.mesh",
+    "trainer.devices",
+    "trainable.lora",
+)
+
+
 def _between(resolved: Resolved) -> Iterator[Problem]:
     """Rules that look at a stage and the one before it."""
     for index, (before, recipe) in enumerate(itertools.pairwise(resolved.stages), 1):
@@ -80,6 +107,14 @@ def _between(resolved: Resolved) -> Iterator[Problem]:
                 f"stages[{index}].optimizer_state",
                 f"{recipe.optimizer.name} cannot go on with what {before.optimizer.name} left; use reset",
             )
+        for key in BUILT_ONCE:
+            was, now = (functools.reduce(getattr, key.split("."), stage) for stage in (before, recipe))
+            if was != now:
+                yield Problem(
+                    f"stages[{index}].{key}",
+                    "the model is built and sharded once for all stages, so this cannot change between them: set it "
+                    "outside of `stages` (or make two runs, the second from the export of the first)",
+                )
 
 
 def _of_components(recipe: Recipe, chosen: list[tuple[str, Selection]]) -> list[Problem]:
@@ -90,21 +125,112 @@ def _of_components(recipe: Recipe, chosen: list[tuple[str, Selection]]) -> list[
     return found
 
 
+def _check_data(resolved: Resolved, offline: bool, report: Report) -> None:
+    """Every source is opened; nothing is read."""
+    opened: list[tuple[Recipe, list[Problem]]] = []
+    for recipe in resolved.stages:
+        found = next((f for r, f in opened if r.data == recipe.data), None)
+        opened.append((recipe, _open(recipe, offline, report) if found is None else found))
+    _add(report, resolved, [found + _of_metrics(recipe, found) for recipe, found in opened])
+    if not any(found for _, found in opened):
+        recipe = resolved.recipe
+        report.checked.append(f"data: {len(recipe.data.train)} training and {len(recipe.data.eval)} held-out sources")
+
+
+def _open(recipe: Recipe, offline: bool, report: Report) -> list[Problem]:
+    from adapt.data.prepare import open_sources, pairs_problem
+
+    try:
+        held_out, training = open_sources(recipe.data)
+    except UserError as error:
+        return error.problems
+    found = []
+    for where, dataset, source in [*training, *held_out]:
+        fields = getattr(dataset.source.config, "fields", None)
+        if fields is not None and (fields.chosen or fields.rejected) and not recipe.objective.declares("pairs"):
+            found.append(pairs_problem(recipe, where))
+        if not getattr(source, "remote", False):
+            continue
+        try:
+            if offline:
+                raise NotReachable("")
+            source.fingerprint()
+        except NotReachable as error:
+            if not offline and not recipe.model.arch:  # a stated shape is for planning where the Hub is not
+                found += [Problem(where, p.what) for p in error.problems]
+            elif (line := f"{where}: {source.where} is out of reach") not in report.unchecked:
+                report.unchecked.append(line)
+        except UserError as error:
+            found += [Problem(p.where or where, p.what) for p in error.problems]
+    return found
+
+
+def _of_metrics(recipe: Recipe, of_data: list[Problem]) -> list[Problem]:
+    """Metrics that rules name exist, and no suite overwrites another's."""
+    evaluation = recipe.evaluation
+    if not evaluation.suites or not recipe.data.eval or of_data:
+        return []
+    labels = [d.name or d.source.build().label for d in recipe.data.eval]
+    owner: dict[str, int] = {}
+    found = []
+    for index, suite in enumerate(evaluation.suites):
+        own = suite.config.metrics(recipe, labels) if hasattr(suite.config, "metrics") else []
+        if twice := [m for m in own if m in owner]:
+            what = f"measures {twice[0]!r} as evaluation.suites[{owner[twice[0]]}] does, and one would hide the other"
+            found.append(
+                Problem(f"evaluation.suites[{index}]", f"{what}; give them different settings, or leave one out")
+            )
+        owner = {**dict.fromkeys(own, index), **owner}
+    if all(hasattr(s.config, "metrics") for s in evaluation.suites):
+        named = [("evaluation.best", evaluation.best)] if evaluation.best is not None else []
+        named += [(f"evaluation.stop[{i}].metric", rule.metric) for i, rule in enumerate(evaluation.stop)]
+        found += [
+            Problem(where, f"no suite measures {metric!r}.{nearest(metric, owner)} Measured: {', '.join(owner)}")
+            for where, metric in named
+            if metric not in owner
+        ]
+    return found
+
+
 def _check_bases(resolved: Resolved, offline: bool, report: Report) -> None:
     from adapt.pretrained.check import inspect_base
 
-    by_length = {recipe.data.seq_len: recipe for recipe in resolved.stages}
-    found = [inspect_base(recipe, offline=offline) for recipe in by_length.values()]
+    by_length = {recipe.data.seq_len: inspect_base(recipe, offline=offline) for recipe in resolved.stages}
     known = {str(p) for p in report.problems}
-    for base in found:
+    for base in by_length.values():
         report.problems += [p for p in dict.fromkeys(base.problems) if str(p) not in known]
         known |= {str(p) for p in base.problems}
         report.unchecked += [u for u in base.unchecked if u not in report.unchecked]
-    config = found[0].config
+    base = next(iter(by_length.values()))
+    config = base.config
     if config is not None:
         report.checked.append(
             f"base model: {config.model_type}, {config.num_hidden_layers} layers; tokenizer and row length"
         )
+        if not base.problems:
+            _add(report, resolved, [_of_trainable(recipe.trainable, config) for recipe in resolved.stages])
+
+
+def _of_trainable(trainable: Trainable, config: Any) -> list[Problem]:
+    """Patterns and adapters against the names of a model without weights."""
+    if trainable == Trainable():
+        return []
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from adapt.pretrained.lora import adapted_names, lora_problems
+    from adapt.train.trainable import select
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if trainable.lora is not None and (found := lora_problems(model, trainable.lora)):
+        return found
+    names = adapted_names(model, trainable.lora) if trainable.lora is not None else dict(model.named_parameters())
+    try:
+        select(list(names), trainable)
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def _add(report: Report, resolved: Resolved, found: list[list[Problem]]) -> None:
@@ -117,150 +243,3 @@ def _add(report: Report, resolved: Resolved, found: list[list[Problem]]) -> None
             report.problems += [
                 Problem(f"stages[{i}] ({resolved.names[i]}) {problem.where}", problem.what) for i in stages
             ]
-
-
-def _core(recipe: Recipe, index: int) -> Iterator[Problem]:
-    """Rules of the sections the core reads."""
-    yield from _run(recipe, index)
-    yield from _data(recipe)
-    yield from _trainer(recipe)
-    yield from _evaluation(recipe)
-    yield from _ranges(recipe)
-
-
-def _run(recipe: Recipe, index: int) -> Iterator[Problem]:
-    name = recipe.run.name
-    if not re.fullmatch(r"[^\W_][\w.+=@-]*", name):
-        yield Problem("run.name", f"{name!r} is no folder name; use letters, digits and . _ - + = @")
-    folder = Path(recipe.run.dir)
-    if any(p.exists() and not p.is_dir() for p in (folder, *folder.parents)):
-        yield Problem("run.dir", f"{recipe.run.dir} leads through a file; run folders cannot be made there")
-    if index == 0 and recipe.optimizer_state == "keep":
-        yield Problem("optimizer_state", "the first stage has no optimizer before it to keep; leave it out")
-    if recipe.logging.wandb is not None and find_spec("wandb") is None:
-        yield Problem("logging.wandb", "needs wandb: pip install 'adapt-lm[loggers]', or set it to null")
-    lora = recipe.trainable.lora
-    if lora is not None and not 0 <= lora.dropout < 1:
-        yield Problem("trainable.lora.dropout", f"{lora.dropout} must be in [0, 1)")
-    if lora is not None and not lora.targets:
-        yield Problem("trainable.lora.targets", "names no module; leave it out for all linear ones")
-    if not recipe.trainable.include:
-        yield Problem("trainable.include", "is empty, so nothing would train; ['*'] is every parameter")
-    if recipe.generation.prompts and not recipe.generation.samplers:
-        yield Problem("generation.samplers", "there are prompts and no sampler to decode them with; add e.g. ar")
-
-
-def _data(recipe: Recipe) -> Iterator[Problem]:
-    data = recipe.data
-    if not data.train:
-        yield Problem("data.train", "there is nothing to train on; give at least one source")
-    for index, dataset in enumerate(data.train):
-        if not (dataset.weight > 0 and math.isfinite(dataset.weight)):
-            yield Problem(f"data.train[{index}].weight", f"{dataset.weight} must be above 0; or leave the entry out")
-    for part in ("train", "eval"):
-        for index, dataset in enumerate(getattr(data, part)):
-            if dataset.max_tokens is not None and dataset.max_tokens < 1:
-                yield Problem(f"data.{part}[{index}].max_tokens", f"{dataset.max_tokens} must be 1 or more")
-    labels = [d.name for d in data.eval if d.name is not None]
-    for label in sorted({label for label in labels if labels.count(label) > 1}):
-        yield Problem("data.eval", f"two held-out sets are called {label!r}; their results could not be told apart")
-    if data.near_dedup is not None and not 0 < data.near_dedup < 1:
-        yield Problem("data.near_dedup", f"{data.near_dedup} must be between 0 and 1; 0.8 is usual, null turns it off")
-    if not 0 <= data.max_bad_lines <= 1:
-        yield Problem("data.max_bad_lines", f"{data.max_bad_lines} is a fraction of the lines: from 0 to 1")
-
-
-def _trainer(recipe: Recipe) -> Iterator[Problem]:
-    trainer, data = recipe.trainer, recipe.data
-    if (trainer.steps is None) == (trainer.tokens is None):
-        have = "neither is given" if trainer.steps is None else f"steps={trainer.steps} and tokens={trainer.tokens:,}"
-        yield Problem("trainer", f"give exactly one of steps and tokens (how long to train); here {have}")
-    if trainer.max_time is not None and not re.fullmatch(r"(\d+:)?\d+:\d\d:\d\d", trainer.max_time):
-        yield Problem("trainer.max_time", f"{trainer.max_time!r} is not HH:MM:SS or DD:HH:MM:SS")
-    ranks = _ranks(recipe)
-    if data.seq_len < 2:
-        yield Problem("data.seq_len", f"{data.seq_len} leaves nothing to predict; 512 to 8192 is usual")
-    elif trainer.batch_tokens < data.seq_len * ranks or trainer.batch_tokens % (data.seq_len * ranks):
-        step = data.seq_len * ranks
-        better = max(1, round(trainer.batch_tokens / step)) * step
-        over = f" x {ranks} ranks" if ranks > 1 else ""
-        yield Problem(
-            "trainer.batch_tokens",
-            f"{trainer.batch_tokens:,} is not a multiple of data.seq_len={data.seq_len:,}{over}; try {better}",
-        )
-    mesh, known = trainer.mesh, "WORLD_SIZE" in os.environ or isinstance(trainer.devices, int)
-    shard = 1 if mesh.shard == "auto" else mesh.shard
-    wrong = ranks % max(1, shard * mesh.replicate) if mesh.shard == "auto" else ranks != shard * mesh.replicate
-    if known and wrong:
-        yield Problem("trainer.mesh", f"shard={mesh.shard} x replicate={mesh.replicate} does not make {ranks} rank(s)")
-    if trainer.non_finite == "rewind" and not recipe.checkpoint.every:
-        yield Problem("checkpoint.every", "trainer.non_finite=rewind needs checkpoints to go back to; set it")
-
-
-def _ranks(recipe: Recipe) -> int:
-    """Processes, where they are known beforehand."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return max(1, recipe.trainer.devices) if isinstance(recipe.trainer.devices, int) else 1
-
-
-def _evaluation(recipe: Recipe) -> Iterator[Problem]:
-    evaluation, data = recipe.evaluation, recipe.data
-    if (evaluation.best or evaluation.stop) and not evaluation.suites:
-        yield Problem("evaluation.suites", "best and stop rules need something measured; add a suite, e.g. bpb")
-    if evaluation.suites and not data.eval:
-        yield Problem("data.eval", "suites measure on held-out data, and there is none; add a source")
-    labels = [d.name for d in data.eval]
-    named = [("evaluation.best", evaluation.best)] if evaluation.best is not None else []
-    named += [(f"evaluation.stop[{i}].metric", rule.metric) for i, rule in enumerate(evaluation.stop)]
-    for where, metric in named:
-        dataset = metric.partition("/")[2]
-        if labels and None not in labels and not any(dataset == x or dataset.startswith(f"{x}/") for x in labels):
-            yield Problem(
-                where,
-                f"{metric!r} is of no held-out set here ({', '.join(map(str, labels))}); metrics are written "
-                f"<what>/<data set>, e.g. bpb/{labels[0]}",
-            )
-    for index, rule in enumerate(evaluation.stop):
-        if rule.above is None and rule.below is None and rule.patience is None:
-            yield Problem(f"evaluation.stop[{index}]", "says nothing; give above, below or patience")
-
-
-AT_LEAST = {
-    "trainer.steps": (0, "0 converts and exports"),
-    "trainer.tokens": (0, "0 converts and exports"),
-    "trainer.batch_tokens": (1, ""),
-    "trainer.microbatch": (1, "rows, or auto"),
-    "trainer.devices": (1, "processes, or auto"),
-    "trainer.max_non_finite": (1, ""),
-    "trainer.mesh.shard": (1, "or auto"),
-    "trainer.mesh.replicate": (1, ""),
-    "trainable.lora.rank": (1, ""),
-    "evaluation.every": (1, "steps, or null: only at the start and the end"),
-    "evaluation.limit": (1, "rows, or null: all"),
-    "checkpoint.every": (1, "steps, or null: only at the end"),
-    "checkpoint.keep": (1, ""),
-    "logging.every": (1, ""),
-    "generation.max_new_tokens": (1, ""),
-}
-ABOVE_ZERO = {"trainer.clip": "null turns clipping off", "trainable.lora.alpha": "twice the rank is usual"}
-
-
-def _ranges(recipe: Recipe) -> Iterator[Problem]:
-    for key, (least, hint) in AT_LEAST.items():
-        value = _get(recipe, key)
-        if isinstance(value, int) and value < least:
-            yield Problem(key, f"{value} must be {least} or more" + (f" ({hint})" if hint else ""))
-    for key, hint in ABOVE_ZERO.items():
-        value = _get(recipe, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            yield Problem(key, f"{value} must be above 0 ({hint})")
-    for index, rule in enumerate(recipe.evaluation.stop):
-        if rule.patience is not None and rule.patience < 1:
-            yield Problem(f"evaluation.stop[{index}].patience", f"{rule.patience} must be 1 or more evaluations")
-
-
-def _get(value: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        value = getattr(value, key, None)
-    return value

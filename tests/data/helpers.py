@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from adapt.components import ObjectiveChoice
 from adapt.config.decode import decode
 from adapt.config.schema import Data, Recipe
 from adapt.data.encode import Encoded
@@ -40,11 +42,26 @@ def write_jsonl(path: Path, records: list) -> Path:
     return path
 
 
-def recipe(train: list, eval: tuple | list = (), **data) -> Recipe:
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    pass
+
+
+class Pairs:
+    """An objective that compares."""
+
+    pairs = True
+
+
+def pairs_objective(config: PairsConfig, facts) -> Pairs:
+    return Pairs()
+
+
+def recipe(train: list, eval: tuple | list = (), objective: str = "next_token", **data) -> Recipe:
     """A recipe with this data section; only the data path reads it."""
     section = decode({"train": train, "eval": list(eval), **data}, Data)
-    other = dict.fromkeys(("run", "model", "objective", "optimizer", "schedule", "trainer"))
-    return Recipe(**other, data=section)
+    other = dict.fromkeys(("run", "model", "optimizer", "schedule", "trainer"))
+    return Recipe(**other, data=section, objective=decode(objective, ObjectiveChoice))
 
 
 def text_of(tokenizer, shards: TokenShards) -> list[str]:

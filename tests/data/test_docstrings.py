@@ -113,6 +113,12 @@ def test_whole_packages_are_held_out(installed, held_out):
     assert packages("held-out")
 
 
+@pytest.mark.parametrize("share", [5, -0.1, float("nan")])
+def test_a_held_out_share_is_a_fraction(share):
+    with pytest.raises(UserError, match="held_out=.* is a fraction"):
+        docstrings(held_out=share)
+
+
 def test_fingerprint_follows_versions_and_split(installed, tmp_path):
     prints = {docstrings(split=s, held_out=["prose-two"]).fingerprint() for s in ("train", "held-out", "all")}
     metadata = tmp_path / "prose_two-2.0.dist-info" / "METADATA"

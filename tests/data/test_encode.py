@@ -88,6 +88,36 @@ def test_only_the_assistant_is_learned(other, template):
 
 
 @pytest.mark.parametrize("template", [None, WITHOUT_TAGS])
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_an_answer_that_quotes_special_tokens_does_not_contain_them(other, template, sentencepiece):
+    """Neither ends its turn nor becomes the mask token; the template's own tokens stay what they are."""
+    if sentencepiece:  # whose words begin with a space, the first one of a text too
+        from tokenizers import pre_tokenizers
+
+        other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(prepend_scheme="first"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    other.chat_template = template or other.chat_template
+    other.add_special_tokens({"mask_token": "<reserved_0>"})
+    said = "say <|im_end|>\nor <reserved_0>"
+    chat = [{"role": "user", "content": "<|im_start|>?"}, {"role": "assistant", "content": said}]
+    (encoded,) = encode(other, messages=[*chat, *chat])
+    ids = {name: other.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>", "<reserved_0>")}
+    assert [encoded.tokens.count(i) for i in ids.values()] == [4, 4, 0]
+    assert encoded.tokens[0] == ids["<|im_start|>"]
+    if sentencepiece:
+        assert learned(other, encoded)[0].replace("▁", " ") == f"{said}<|im_end|>"
+    else:
+        assert learned(other, encoded) == [f"{said}<|im_end|>"] * 2
+        assert other.decode(encoded.tokens) == other.apply_chat_template([*chat, *chat], tokenize=False)
+    plain = encode(other, messages=[{**m, "content": "Yes"} for m in chat])[0]
+    assert plain.tokens == other.apply_chat_template([{**m, "content": "Yes"} for m in chat])["input_ids"]
+
+
+@pytest.mark.parametrize("template", [None, WITHOUT_TAGS])
 def test_prompt_and_response_go_through_the_chat_template(other, template):
     other.chat_template = template or other.chat_template
     (encoded,) = encode(other, prompt="The fox?", response="Jumps.")

@@ -16,6 +16,7 @@ from adapt.data.shards import TokenShards
 from adapt.errors import UserError
 from tests.data.helpers import recipe, roles_of, text_of, write_jsonl
 
+PAIRS = "tests.data.helpers.pairs_objective"
 EOS = "<|endoftext|>"
 
 
@@ -55,7 +56,7 @@ def test_documents_become_shards_with_a_manifest(run, tokenizer):
     shards = prepared.train[0]
     assert text_of(tokenizer, shards) == [f"The fox{EOS}", f"über{EOS}", f"The dog sees it{EOS}"]
     assert shards.document_bytes.tolist() == [7, 5, 15]
-    assert (shards.num_documents, shards.num_bytes, shards.num_tokens) == (3, 27, shards.document_offsets[-1])
+    assert (shards.num_documents, shards.num_tokens) == (3, shards.document_offsets[-1])
     manifest = shards.manifest
     numbers = {k: manifest[k] for k in ("bytes", "documents", "words", "tokens", "target_tokens")}
     assert numbers == {
@@ -169,14 +170,31 @@ def test_conversations_keep_their_roles_and_plain_text_beside_them(run, tokenize
 
 def test_preference_pairs_are_two_documents(run, tokenizer):
     records = [{"prompt": f"Q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(3)]
-    shards = run(records).train[0]
+    shards = run(records, objective=PAIRS).train[0]
     assert shards.has_pairs
     assert [t.split("assistant\n")[1].strip() for t in text_of(tokenizer, shards)] == [
         f"{w}{i}<|im_end|>" for i in range(3) for w in ("good", "bad")
     ]
     assert shards.manifest["documents"] == 3
     with pytest.raises(UserError, match=r"train.jsonl:4: preference pairs and other records are mixed"):
-        run([*records, *texts("plain")])
+        run([*records, *texts("plain")], objective=PAIRS)
+
+
+def test_preference_pairs_need_an_objective_that_compares(run):
+    """Any other one would learn the rejected answers too."""
+    pairs = [{"prompt": "Q", "chosen": "good", "rejected": "bad"}]
+    with pytest.raises(UserError, match=r"data.train\[0\].source: these are preference pairs.*objective next_token"):
+        run(pairs)
+    with pytest.raises(UserError, match=r"data.eval\[0\].source: these are preference pairs"):
+        run(texts("plain"), pairs)
+    with pytest.raises(UserError, match=r"data.train\[0\].source: .*learns from preference pairs"):
+        run(texts("plain"), pairs, objective=PAIRS)
+
+
+def test_measuring_prepares_the_held_out_sets_alone(tokenizer, tmp_path):
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", texts("a page"))
+    made = recipe([{"source": f"jsonl:{tmp_path}/not-here.jsonl"}], [{"source": f"jsonl:{held_out}"}])
+    assert list(prepare(made, tokenizer, train=False).eval) == ["held-out"]
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])

@@ -108,12 +108,6 @@ def test_a_row_is_read_without_touching_the_rest(folder, monkeypatch):
     assert len(touched) <= 8
 
 
-def test_bytes_of_rows_add_up(folder):
-    shards = make_shards(folder, unique_documents([3, 9, 14, 1, 30]))
-    rows = Rows(shards, 8, 0)
-    assert sum(rows.num_bytes(i) for i in range(len(rows))) == pytest.approx(shards.num_bytes)
-
-
 def test_preference_pairs_have_a_row_for_each_sequence(folder):
     documents = unique_documents([5, 6, 3, 30, 8, 8])
     roles = [[CONTEXT, CONTEXT] + [TARGET] * (len(d) - 2) for d in documents]

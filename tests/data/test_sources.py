@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 
@@ -10,9 +11,12 @@ import pytest
 
 from adapt.components import SourceChoice
 from adapt.config.decode import decode
+from adapt.config.schema import Data
+from adapt.data import build
 from adapt.data.documents import BadRecord, Document
+from adapt.data.prepare import open_sources, prepare
 from adapt.errors import UserError
-from tests.data.helpers import write_jsonl
+from tests.data.helpers import recipe, write_jsonl
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -130,6 +134,8 @@ def test_damaged_parquet_is_named(tmp_path):
         ("text:{0}/none.txt", "none.txt: there is no such file or folder"),
         ("jsonl:{0}/*.jsonl", "no file matches"),
         ("text:{0}/empty", "the folder has no .txt, .md file"),
+        ("jsonl:", "the path is empty"),
+        ("text: ", "the path is empty"),
         ("path:{0}/x.exe", "x.exe: cannot tell what is in it; known: .txt"),
     ],
 )
@@ -140,9 +146,23 @@ def test_what_is_missing_is_named(tmp_path, choice, message):
         source(choice.format(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["text", "path"])
+def test_an_empty_separator_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="separator='' parts nothing"):
+        source({"name": name, "path": str(tmp_path), "separator": ""})
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode())
+    assert [d.text for d in documents(f"jsonl:{path}")] == ["one", "two"]
+    path.write_bytes(b'\xef\xbb\xbf{"text": "\xff"}')
+    assert "byte 13 (0xff)" in bad(f"jsonl:{path}")[0].what
+
+
 def test_undecodable_bytes_are_named_by_file_and_offset(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin.txt: byte 2 \(0xfc\) is not UTF-8"):
+    (tmp_path / "latin.txt").write_bytes("Hallo,\n\nGrüße".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.txt:3: byte 10 \(0xfc\) is not UTF-8"):
         documents(f"text:{tmp_path}/latin.txt")
 
 
@@ -186,7 +206,7 @@ class FakeHub:
         monkeypatch.setattr(datasets, "load_dataset", self.load)
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
 
-    def dataset_info(self, id, revision=None):
+    def dataset_info(self, id, revision=None, timeout=None):
         if self.sha is None:
             raise ConnectionError("no network\nsecond line")
         card = type("Card", (), {"get": lambda self, key: ["cc-by-4.0", "mit"]})()
@@ -216,6 +236,24 @@ def test_hub_remembers_the_commit_for_machines_without_network(monkeypatch):
         source("hub:org/never-seen").fingerprint()
     hub.sha = "beef"
     assert source("hub:org/remembered").fingerprint() != before
+
+
+def test_hub_facts_lie_in_the_cache_of_the_recipe(monkeypatch, tmp_path):
+    FakeHub(monkeypatch, [])
+    data = decode({"train": [{"source": "hub:org/own", "name": "x"}], "cache": str(tmp_path / "own")}, Data)
+    ((_, _, opened),) = open_sources(data)[1]
+    opened.fingerprint()
+    assert [p.name for p in (tmp_path / "own" / "hub").iterdir()] == ["org--own@main.json"]
+
+
+def test_hub_is_read_no_further_than_max_tokens(monkeypatch, tmp_path, tokenizer):
+    monkeypatch.setattr(build, "BATCH_DOCUMENTS", 4)
+    read = []
+    FakeHub(monkeypatch, (read.append(i) or {"text": f"page {i} of an endless book"} for i in itertools.count()))
+    made = recipe([{"source": "hub:org/endless", "max_tokens": 50}], cache=str(tmp_path))
+    (shards,) = prepare(made, tokenizer).train
+    assert 50 <= shards.num_tokens < 100
+    assert len(read) < 20
 
 
 def test_hub_errors_name_the_data_set_and_the_row(monkeypatch):

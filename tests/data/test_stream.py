@@ -8,13 +8,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.utils.data import DataLoader
 
 from adapt.data.batch import PAD, Batch
-from adapt.data.loader import StepLoader
 from adapt.data.mixture import Mixture
 from adapt.data.rows import Rows
-from adapt.data.stream import TrainStream, deal, eval_batches, eval_bytes
+from adapt.data.stream import TrainStream, deal, eval_batches
 from adapt.errors import UserError
 from tests.data.helpers import make_shards, unique_documents
 
@@ -75,7 +73,6 @@ def test_every_source_is_read_once_per_epoch(sources):
         own = [(e, r) for i, e, r in read if i == source]
         for epoch in range(len(own) // len(rows)):
             assert sorted(r for e, r in own if e == epoch) == list(range(len(rows)))
-    assert s.epochs(400) == [100 / len(s.rows[0]), 300 / len(s.rows[1])]
 
 
 @given(world=st.sampled_from([1, 2, 3, 4, 6]), step=st.integers(0, 40))
@@ -87,29 +84,6 @@ def test_the_ranks_together_read_the_same_step_on_any_world_size(sources, world,
     whole = s.batch(range(step * 12, (step + 1) * 12))
     interleaved = Batch.cat([b.rows(i, i + 1) for i in range(12 // world) for b in ranks])
     assert same(interleaved, whole)
-
-
-@given(start=st.integers(0, 30), world=st.sampled_from([1, 2]))
-@settings(max_examples=10, deadline=None)
-def test_resuming_at_any_step_reads_the_same_batches(sources, start, world):
-    s = stream(sources)
-    straight = list(StepLoader(s, 4, rank=world - 1, world=world, stop=start + 3))
-    resumed = list(StepLoader(s, 4, start=start, rank=world - 1, world=world, stop=start + 3))
-    assert len(resumed) == 3
-    assert all(same(a, b) for a, b in zip(straight[start:], resumed, strict=True))
-
-
-def test_loader_reads_ahead_without_end_and_stops_when_dropped(sources):
-    loader = iter(DataLoader(StepLoader(stream(sources), 2, start=5), batch_size=None))
-    first = next(loader)
-    assert same(first, stream(sources).batch(range(10, 12)))
-    assert same(next(loader), stream(sources).batch(range(12, 14)))
-    del loader
-
-
-def test_loader_raises_what_went_wrong_in_the_background(sources):
-    with pytest.raises(ValueError, match="5 rows a step cannot be dealt out to 2 ranks"):
-        next(iter(StepLoader(stream(sources), 5, world=2)))
 
 
 def test_fingerprint_names_everything_that_decides_the_sequence(sources, folder):
@@ -136,6 +110,14 @@ def test_preference_pairs_stay_together_on_a_rank(folder):
     assert len(set(seen)) == 3
 
 
+def test_rows_that_cannot_be_dealt_out_are_refused_by_name(sources, folder):
+    with pytest.raises(UserError, match=r"trainer.batch_tokens: 5 rows.*2 rank\(s\); give a multiple of 2 rows"):
+        stream(sources).step_batch(0, 5, world=2)
+    pairs = stream([make_shards(folder, unique_documents([5] * 4), pairs=True)], weights=[1.0])
+    with pytest.raises(UserError, match=r"trainer.batch_tokens: 6 rows.*whole pairs; give a multiple of 4 rows"):
+        pairs.step_batch(0, 6, world=2)
+
+
 def test_pairs_and_plain_text_do_not_mix(sources, folder):
     pairs = make_shards(folder, unique_documents([5] * 4), pairs=True)
     with pytest.raises(UserError, match="mixes preference pairs"):
@@ -156,8 +138,3 @@ def test_held_out_rows_come_once_in_the_same_order_on_any_world_size(sources, wo
     assert same(together.rows(0, reference.num_rows), reference)
     assert bool((together.role[~real] == PAD).all())
     assert bool((together.labels[~real] == -100).all())
-
-
-def test_bytes_of_the_held_out_rows(sources):
-    assert eval_bytes(sources[0], 16, None) == sources[0].num_bytes
-    assert eval_bytes(sources[0], 16, 2) == pytest.approx(32 * 3)  # 3 bytes a token in these shards

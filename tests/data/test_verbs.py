@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
 from adapt.config.load import resolve
+from adapt.conversion.base import apply_conversions
+from adapt.data.prepare import prepare
 from adapt.data.verbs import fetch, prepare_verb, stats
 from adapt.errors import UserError
+from adapt.pretrained import load_model, load_tokenizer
+from adapt.pretrained.load import read_tokenizer
 from tests.data.helpers import write_jsonl
 from tests.recipes import tiny_recipe
 
@@ -36,6 +41,7 @@ def test_fetch_opens_every_source(resolved, capsys):
     out = capsys.readouterr().out
     assert "CC0-1.0" in out
     assert "licence not stated" in out
+    assert "The texts were not copied" in out
 
 
 def test_fetch_reports_what_cannot_be_read(resolved, tmp_path):
@@ -73,6 +79,31 @@ def test_stats_prints_the_manifest(resolved, capsys, monkeypatch):
     assert stats(resolved, args(json=True)) == 0
     (manifest,) = json.loads(capsys.readouterr().out)
     assert manifest["train"][0]["bad_lines"]["count"] == 1
+
+
+def test_stats_finds_changed_shards(resolved, capsys):
+    assert prepare_verb(resolved, args()) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[0].rpartition(" ")[2])
+    (file,) = folder.glob("tokens-*")
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UserError, match="its contents changed"):
+        stats(resolved, args())
+
+
+@pytest.mark.parametrize("token", [None, "<|blank|>", "<reserved_0>"])
+def test_data_is_tokenised_once_for_training_and_for_its_export(resolved, capsys, tmp_path, token):
+    """The mask token is in the tokenizer from the start, so that the exported one finds the same shards."""
+    plain = resolved.plain
+    plain["model"]["conversions"] = [{"name": "mask_token", "token": token}]
+    recipe = resolve(plain).recipe
+    assert prepare_verb(resolve(plain), args()) == 0
+    made = set(capsys.readouterr().out.splitlines())
+    tokenizer = load_tokenizer(recipe)
+    apply_conversions(recipe, load_model(recipe), tokenizer)  # as a run does
+    tokenizer.save_pretrained(tmp_path / "export")
+    for trained in (tokenizer, read_tokenizer(tmp_path / "export")):
+        shards = prepare(recipe, trained)
+        assert all(any(str(s.folder) in line for line in made) for s in [*shards.train, *shards.eval.values()])
 
 
 def test_stages_that_share_their_data_are_prepared_once(resolved, capsys):

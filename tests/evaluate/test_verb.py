@@ -89,3 +89,20 @@ def test_recipe_without_held_out_data(place, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     with pytest.raises(UserError, match="no held-out data"):
         run(place / "model", "-c", tmp_path / "r.yaml")
+
+
+def test_every_configured_entry_of_a_suite_is_measured(place, tmp_path, capsys):
+    recipe = json.loads((place / "recipe.yaml").read_text())
+    recipe["evaluation"]["suites"] = [{"name": "masked_ce", "block_size": b, "t": [0.5]} for b in (2, 4)]
+    (tmp_path / "two.yaml").write_text(json.dumps(recipe))
+    for more in ([], ["--suite", "masked_ce"]):
+        assert run(place / "model", "-c", tmp_path / "two.yaml", "--json", *more) == 0
+        assert {"masked_ce/held-out/b2", "masked_ce/held-out/b4"} <= set(json.loads(capsys.readouterr().out))
+
+
+def test_measuring_opens_no_training_data(place, tmp_path, capsys):
+    recipe = json.loads((place / "recipe.yaml").read_text())
+    recipe["data"]["train"] = [{"source": "jsonl:gone.jsonl"}]
+    (tmp_path / "eval.yaml").write_text(json.dumps(recipe))
+    assert run(place / "model", "-c", tmp_path / "eval.yaml", "--suite", "bpb", "--json") == 0
+    assert "bpb/held-out" in capsys.readouterr().out

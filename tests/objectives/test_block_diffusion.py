@@ -56,6 +56,22 @@ def assert_same(a, b, atol=1e-12):
         torch.testing.assert_close(x, y, atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("noise", [Noise(), Noise(complementary=True), Noise(t_min=1.0)])
+def test_a_mask_token_in_the_text_is_never_a_target(noise):
+    """Its logit is excluded, so its loss would be infinite; it counts for neither term."""
+    batch = packed([[24, 8]])
+    batch.input_ids[0, 5:30:3] = batch.labels[0, 5:30:3] = MASK
+    goal = objective(8, block_first="noisy", noise=noise)
+    prepared = goal.prepare(batch, seed=0, step=0)
+    for term in ("masked", "ar"):
+        assert MASK not in prepared.inputs[f"{term}/target"]
+        assert len(prepared.inputs[f"{term}/target"])
+    learned = int(((batch.labels != -100) & (batch.labels != MASK)).sum())
+    assert prepared.terms["ar"].count == learned
+    sums = goal(Models(attention.use(tiny.tiny_model())), prepared.inputs)
+    assert all(torch.isfinite(s) for s in sums.values())
+
+
 def test_loss_equals_a_plain_dense_reference():
     """Full logits over 2T, a dense boolean mask, explicit loops: the same number (float64)."""
     model = attention.use(tiny.tiny_model(dtype=torch.float64))

@@ -85,6 +85,19 @@ def test_missing_weights_other_families_and_damage_are_refused(tmp_path):
     assert "Did you mean 'cut.gguf'" in str(check_base(recipe(tmp_path / "cud.gguf"))[0])
 
 
+def test_damaged_files_are_refused_with_a_letter(tmp_path):
+    whole = tiny_gguf.write(tmp_path / "whole.gguf", tiny.tiny_model())
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"model\.base: .*cut.gguf cannot be dequantised"):
+        load_model(recipe(cut))
+    assert not ours.cached_folder(parse(str(cut))).exists()
+    blind = tiny_gguf.write(tmp_path / "blind.gguf", tiny.tiny_model(), drop=("model.embed_tokens.weight",))
+    assert "blind.gguf has no token embedding" in str(check_base(recipe(blind))[0])
+    nameless = tiny_gguf.without_architecture(tiny_gguf.write(tmp_path / "nameless.gguf", tiny.tiny_model()))
+    assert "nameless.gguf" in str(check_base(recipe(nameless))[0])
+
+
 def test_a_full_disk_leaves_nothing_half_made(tmp_path):
     file = tiny_gguf.write(tmp_path / "tiny.gguf", tiny.tiny_model())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

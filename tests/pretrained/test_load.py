@@ -232,3 +232,20 @@ def test_attention_dropout_needs_an_attention_that_has_it(tmp_path):
     folder = tiny.save_tiny(tmp_path / "m", attention_dropout=0.1)
     assert "flex has no dropout" in said(recipe(folder, attention="flex"))
     assert said(recipe(folder, attention="tiled")) == ""
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    folder = tiny.save_tiny(tmp_path / "m")
+    (folder / "config.json").write_text("[1, 2]")
+    assert "a JSON object is expected, not list" in str(check_base(recipe(folder))[0])
+
+
+def test_unknown_rope_parameters_are_named(tmp_path):
+    folder = tiny.save_tiny(tmp_path / "m")
+    (problem,) = check_base(recipe(folder, rope_scaling={"rope_type": "linear", "factr": 2.0}))
+    assert str(problem).startswith("model.rope_scaling.factr: is no RoPE parameter. Did you mean 'factor'?")
+
+
+def test_a_revision_is_for_the_hub(tmp_path):
+    folder = tiny.save_tiny(tmp_path / "m")
+    assert [p.where for p in check_base(recipe(folder, revision="main"))] == ["model.revision"]

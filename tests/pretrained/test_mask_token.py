@@ -104,7 +104,7 @@ def test_a_converted_tokenizer_fits_a_fresh_model_the_same_way(vocab, config):
 def test_an_explicit_choice_wins():
     assert convert(tiny.tiny_model(), fresh_tokenizer(), token="<|im_start|>") == 1
     assert convert(tiny.tiny_model(), fresh_tokenizer(), token="<|blank|>") == 320
-    assert convert(tiny.tiny_model(), fresh_tokenizer(), id=7) == 7
+    assert convert(tiny.tiny_model(), fresh_tokenizer(), id=3) == 3
     assert convert(tiny.tiny_model(), fresh_tokenizer(vocab=300), id=300, token="<|blank|>") == 300
 
 
@@ -125,6 +125,8 @@ def test_an_untied_head_keeps_an_existing_row_and_keep_keeps_the_embedding():
         ({"id": -1}, "-1 is not one of"),
         ({"id": 5, "token": "<|im_start|>"}, "give one of the two"),
         ({"token": ""}, "is empty"),
+        ({"token": "e"}, r"'e' \(id \d+\) is an ordinary piece of text"),
+        ({"id": 70}, "id 70.*is an ordinary piece of text"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(config, message):

@@ -74,6 +74,12 @@ def write(path: Path, model, *, family: str | None = None, pre: str = "smollm", 
     return path
 
 
+def without_architecture(path: Path) -> Path:
+    """The metadata key under another name of the same length."""
+    path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architectura", 1))
+    return path
+
+
 def _name(name: str) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem.startswith("model.layers."):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Literal
 
@@ -30,6 +31,12 @@ class DocstringsConfig:
     """Packages held out: their names, or the fraction of packages, chosen by a hash of the name."""
     min_words: int = 40
     """Words of running prose a docstring needs to be kept."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.held_out, float) and not 0 <= self.held_out <= 1:
+            raise ValueError(
+                f"held_out={self.held_out} is a fraction of the packages: from 0 to 1, or give their names"
+            )
 
 
 class DocstringsSource:
@@ -85,6 +92,7 @@ def docstrings(config: DocstringsConfig) -> DocstringsSource:
     return DocstringsSource(config)
 
 
+@cache
 def required(project: str = PROJECT) -> list[str]:
     """Names of the installed distributions `project` needs, directly or not (without itself); sorted."""
     from packaging.requirements import Requirement

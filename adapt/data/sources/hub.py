@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from adapt.components import sources
 from adapt.data.cache import cache_folder
 from adapt.data.documents import BadRecord, Document
 from adapt.data.records import Fields, to_document
-from adapt.errors import UserError
+from adapt.errors import NotReachable, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,17 @@ class HubConfig:
 
 
 class HubSource:
+    remote = True
+
     def __init__(self, config: HubConfig):
         self.config = config
         self.where = f"data set {config.id}"
         self.label = config.id.rpartition("/")[2]
         self._facts: dict[str, Any] | None = None
+        self._cache = cache_folder(None)
+
+    def use_cache(self, folder: Path) -> None:
+        self._cache = folder
 
     @property
     def licence(self) -> str | None:
@@ -66,25 +73,34 @@ class HubSource:
     def _resolve(self) -> dict[str, Any]:
         """Commit and licence. Remembered in the cache, so that machines without network can use prepared shards."""
         if self._facts is None:
-            memory = (
-                cache_folder(None)
-                / "hub"
-                / f"{self.config.id.replace('/', '--')}@{self.config.revision or 'main'}.json"
-            )
+            c = self.config
+            memory = self._cache / "hub" / f"{c.id.replace('/', '--')}@{(c.revision or 'main').replace('/', '--')}.json"
             try:
                 self._facts = self._look_up()
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                memory.write_text(json.dumps(self._facts))
             except Exception as error:
-                if _is_missing(error) or not memory.is_file():
+                if _is_missing(error):
                     raise UserError(f"{self.where}: {_first_line(error)}") from error
+                if not memory.is_file():
+                    raise NotReachable(f"{self.where}: {_first_line(error)}") from error
                 self._facts = json.loads(memory.read_text())
+            else:
+                self._remember(memory, self._facts)
         return self._facts
+
+    @staticmethod
+    def _remember(memory: Path, facts: dict[str, Any]) -> None:
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(facts))
+        except OSError as error:
+            raise UserError(
+                f"{memory}: cannot be written: {error.strerror}; `data.cache` or $ADAPT_CACHE chooses another folder"
+            ) from None
 
     def _look_up(self) -> dict[str, Any]:
         from huggingface_hub import HfApi
 
-        info = HfApi().dataset_info(self.config.id, revision=self.config.revision)
+        info = HfApi().dataset_info(self.config.id, revision=self.config.revision, timeout=10)
         card = info.card_data
         licence = card.get("license") if card else None
         return {"sha": info.sha, "licence": ", ".join(licence) if isinstance(licence, list) else licence}

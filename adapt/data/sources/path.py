@@ -28,6 +28,10 @@ class PathConfig:
     licence: str | None = None
     """Printed in the manifest and the model card."""
 
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise ValueError("separator='' parts nothing; give the text between documents, or null")
+
 
 class PathSource:
     def __init__(self, config: PathConfig):

@@ -22,6 +22,10 @@ class TextConfig:
     licence: str | None = None
     """Printed in the manifest and the model card."""
 
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise ValueError("separator='' parts nothing; give the text between documents, or null")
+
 
 class TextSource:
     def __init__(self, where: str, found: list[Path], separator: str | None, licence: str | None):

@@ -18,7 +18,8 @@ from adapt.evaluate.context import EvalContext, Suite
 
 @dataclass(frozen=True, kw_only=True)
 class BpbConfig:
-    pass
+    def metrics(self, recipe, datasets: list[str]) -> list[str]:
+        return [f"{what}/{label}" for label in datasets for what in ("bpb", "ar_loss")]
 
 
 @suites.register("bpb")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from adapt.components import suites
 from adapt.errors import Problem
 from adapt.evaluate.context import EvalContext, Suite
-from adapt.evaluate.suites.masked_ce import contract_at, ratio, size_problem
+from adapt.evaluate.suites.masked_ce import contract_at, ratio, size_name, size_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ class ElboConfig:
             yield Problem(
                 "", f"elbo goes through all 2^{size} masks with samples=null; give samples, or a smaller block"
             )
+
+    def metrics(self, recipe, datasets: list[str]) -> list[str]:
+        size = size_name(self.block_size, recipe)
+        return [f"{what}/{label}/b{size}" for label in datasets for what in ("elbo", "elbo_bpb")]
 
 
 @suites.register("elbo")

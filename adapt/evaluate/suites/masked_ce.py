@@ -36,6 +36,10 @@ class MaskedCeConfig:
     def problems(self, recipe) -> Iterator[Problem]:
         yield from size_problem("masked_ce", self.block_size, recipe)
 
+    def metrics(self, recipe, datasets: list[str]) -> list[str]:
+        at = [f"masked_ce/{label}/b{size_name(self.block_size, recipe)}" for label in datasets]
+        return [name for a in at for name in (*(f"{a}/t{t:g}" for t in self.t), a)]
+
 
 @suites.register("masked_ce")
 def masked_ce(config: MaskedCeConfig) -> Suite:
@@ -61,6 +65,12 @@ def measure(config: MaskedCeConfig, context: EvalContext) -> dict[str, float]:
         results |= {f"masked_ce/{label}/b{size}/t{t:g}": value for t, value in at_t.items()}
         results[f"masked_ce/{label}/b{size}"] = sum(at_t.values()) / len(at_t)
     return results
+
+
+def size_name(own: int | None, recipe) -> int | str:
+    """The block size as metrics name it, by the suite's own and the objective's."""
+    size = getattr(recipe.objective.config, "block_size", None) if own is None else own
+    return "doc" if size is None else size
 
 
 def size_problem(suite: str, own: int | None, recipe) -> Iterator[Problem]:

@@ -41,6 +41,9 @@ class NoiseIntervalConfig:
     def problems(self, recipe) -> Iterator[Problem]:
         yield from size_problem("noise_interval", self.block_size, recipe)
 
+    def metrics(self, recipe, datasets: list[str]) -> list[str]:
+        return [f"noise_interval/{what}" for what in ("low", "high", "variance", "full")]
+
 
 @suites.register("noise_interval")
 def noise_interval(config: NoiseIntervalConfig) -> Suite:

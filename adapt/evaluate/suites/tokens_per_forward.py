@@ -48,6 +48,9 @@ class TokensPerForwardConfig:
     def problems(self, recipe) -> Iterator[Problem]:
         yield from size_problem("tokens_per_forward", self.block_size, recipe)
 
+    def metrics(self, recipe, datasets: list[str]) -> list[str]:
+        return [f"tokens_per_forward/tau{tau:g}" for tau in self.thresholds]
+
 
 @suites.register("tokens_per_forward")
 def tokens_per_forward(config: TokensPerForwardConfig) -> Suite:

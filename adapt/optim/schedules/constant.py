@@ -15,7 +15,7 @@ class ConstantConfig:
     """Share of the steps (below 1) or number of steps (1 and above) of linear warm-up."""
 
     def problems(self, recipe):
-        yield from warmup_problems(self.warmup)
+        yield from warmup_problems(self.warmup, recipe)
 
 
 @schedules.register("constant")

@@ -19,7 +19,7 @@ class CosineConfig:
     """Learning rate at the end, as a share of the peak."""
 
     def problems(self, recipe):
-        yield from warmup_problems(self.warmup)
+        yield from warmup_problems(self.warmup, recipe)
         if not 0 <= self.final <= 1:
             yield Problem("schedule.final", f"{self.final} must be between 0 and 1 (a share of the peak)")
 

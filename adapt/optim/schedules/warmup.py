@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from adapt.errors import Problem
@@ -16,6 +17,17 @@ def warmup_factor(step: int, total: int, warmup: float) -> float:
     return min(1.0, (step + 1) / (steps + 1)) if steps else 1.0
 
 
-def warmup_problems(warmup: float) -> Iterator[Problem]:
-    if warmup < 0:
+def warmup_problems(warmup: float, recipe) -> Iterator[Problem]:
+    if not (warmup >= 0 and math.isfinite(warmup)):
         yield Problem("schedule.warmup", f"{warmup} must be 0 or more: a share of the steps below 1, or a step count")
+        return
+    trainer = recipe.trainer
+    steps = trainer.steps
+    if steps is None and trainer.tokens is not None and trainer.batch_tokens > 0:
+        steps = -(-trainer.tokens // trainer.batch_tokens)
+    if warmup >= 1 and steps and warmup_steps(steps, warmup) > steps:
+        yield Problem(
+            "schedule.warmup",
+            f"{warmup:g} steps of warm-up are more than the {steps:,} step(s) of training, which would never reach "
+            "their learning rate; give fewer, or a share below 1 (0.05)",
+        )

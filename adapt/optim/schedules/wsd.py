@@ -23,7 +23,7 @@ class WsdConfig:
     """`linear`, or 1 - sqrt(progress)."""
 
     def problems(self, recipe):
-        yield from warmup_problems(self.warmup)
+        yield from warmup_problems(self.warmup, recipe)
         if not 0 <= self.decay <= 1:
             yield Problem("schedule.decay", f"{self.decay} must be between 0 and 1 (a share of the steps)")
         if not 0 <= self.final <= 1:
