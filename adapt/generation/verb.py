@@ -9,7 +9,7 @@ from typing import Any
 
 from adapt.errors import UserError
 
-SETTINGS = ("block_size", "rule", "threshold", "temperature", "top_k", "top_p")
+SETTINGS = ("block_size", "rule", "threshold", "steps", "sub_block", "temperature", "top_k", "top_p")
 """Arguments that are the sampler's own fields; the sampler's config judges them."""
 
 
@@ -23,8 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler", metavar="NAME", help="ar, block_diffusion, ... (default: what the model was made for)"
     )
     parser.add_argument("--block-size", type=int, metavar="B", help="slots denoised together (default: the model's)")
-    parser.add_argument("--rule", metavar="NAME", help="which slots a step reveals: confidence, sequential")
-    parser.add_argument("--threshold", type=float, metavar="P", help="reveal what is surer than this (default: 0.9)")
+    parser.add_argument(
+        "--rule",
+        metavar="NAME",
+        help="which slots a step reveals: confidence, topk, entropy, margin, sequential, random",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="reveal what is surer than this (default: the model's, or 0.9)"
+    )
+    parser.add_argument("--steps", type=int, metavar="T", help="with --rule topk: steps a block takes at most")
+    parser.add_argument(
+        "--sub-block", type=int, metavar="G", help="reveal a block in groups of G slots from left to right"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the tokens that make up this probability")

@@ -75,6 +75,14 @@ def test_settings_reach_the_sampler(adapted, capfd):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_rules_reach_the_sampler(adapted, capfd):
+    run(adapted, "--prompt", PROMPT, "--rule", "topk", "--steps", 2, "--sub-block", 4, "--max-new-tokens", 16)
+    out, err = capfd.readouterr()
+    result = expected(adapted, "block_diffusion", 16, rule="topk", steps=2, sub_block=4)
+    assert out == tiny.tiny_tokenizer().decode(result.tokens, skip_special_tokens=True) + "\n"
+    assert f"{len(result.tokens)} tokens, {result.forwards} forwards" in err
+
+
 def test_prompt_from_stdin_chat_and_order(adapted, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
     run(adapted, "--prompt", "-", "--max-new-tokens", 9, "--show-order")
@@ -110,6 +118,11 @@ def test_empty_prompt_is_bos(adapted, capfd):
         (["--sampler", "ar", "--threshold", "0.5"], "threshold"),
         (["--sampler", "blok_diffusion"], "Did you mean 'block_diffusion'"),
         (["--rule", "confidenc"], "Did you mean 'confidence'"),
+        (["--rule", "topk"], "needs steps"),
+        (["--rule", "entropy", "--steps", "4"], "steps=4 means nothing"),
+        (["--rule", "topk", "--steps", "0"], "steps=0"),
+        (["--sub-block", "0"], "sub_block=0"),
+        (["--sub-block", "9"], r"sub_block: 9 slots are more than a block has \(8\)"),
         (["--block-size", "0"], "block_size"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "-3"], "negative"),
