@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adapt.generation.base import Event, Generation
+from adapt.generation.stop import UNFINISHED
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-UNFINISHED = "\ufffd"
-"""What a tokenizer decodes an incomplete character to."""
 COLOURS = ("bold white", "green", "bright_green", "yellow", "bright_yellow", "magenta", "bright_magenta", "red")
 """By denoising step; later steps share the last."""
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -30,8 +29,9 @@ class Stream:
             self.tokens += event.tokens
             self._show(text_of(self.tokenizer, self.tokens).rstrip(UNFINISHED))
 
-    def finish(self) -> None:
-        self._show(text_of(self.tokenizer, self.tokens))
+    def finish(self, text: str | None = None) -> None:
+        """Show the rest: of `text`, where a stop string has cut it, else of the tokens."""
+        self._show(text_of(self.tokenizer, self.tokens) if text is None else text)
 
     def _show(self, text: str) -> None:
         if text.startswith(self.shown) and len(text) > len(self.shown):
@@ -79,7 +79,12 @@ def style(step: int) -> str:
 
 
 def summary(generation: Generation) -> str:
-    why = {"eos": "ended by itself", "length": "stopped by --max-new-tokens", "context": "the context is full"}
+    why = {
+        "eos": "ended by itself",
+        "stop": "stopped by --stop",
+        "length": "stopped by --max-new-tokens",
+        "context": "the context is full",
+    }
     return (
         f"{len(generation.tokens)} tokens, {generation.forwards} forwards, "
         f"{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "

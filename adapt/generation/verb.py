@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from typing import Any
 
 from adapt.errors import UserError
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the tokens that make up this probability")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides what is drawn at temperatures above 0")
     parser.add_argument(
         "--show-order", action="store_true", help="show in which denoising step each token was revealed"
@@ -50,7 +54,7 @@ def generate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from adapt.generation.load import eos_ids, open_model
-    from adapt.generation.terminal import Stream, order_view, summary
+    from adapt.generation.terminal import Stream, order_view, summary, text_of
 
     opened = open_model(args.model)
     choice = choose(args, opened.model, opened.tokenizer)
@@ -61,10 +65,12 @@ def generate(args: argparse.Namespace) -> int:
         ids,
         max_new_tokens=args.max_new_tokens,
         eos_ids=eos_ids(opened.model, opened.tokenizer),
+        stop=args.stop,
+        decode=partial(text_of, opened.tokenizer),
         seed=args.seed,
         on_event=stream,
     )
-    stream.finish()
+    stream.finish(result.text)
     _write("\n")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if args.show_order:

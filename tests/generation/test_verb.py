@@ -83,6 +83,16 @@ def test_rules_reach_the_sampler(adapted, capfd):
     assert f"{len(result.tokens)} tokens, {result.forwards} forwards" in err
 
 
+def test_stop_strings(adapted, capfd):
+    run(adapted, "--prompt", PROMPT, "--max-new-tokens", 20)
+    whole = capfd.readouterr().out.removesuffix("\n")
+    stop = next(whole[i : i + 2] for i in range(5, len(whole)) if "\ufffd" not in whole[i : i + 2])
+    run(adapted, "--prompt", PROMPT, "--max-new-tokens", 20, "--stop", "not in there", "--stop", stop)
+    out, err = capfd.readouterr()
+    assert out == whole[: whole.find(stop)] + "\n"
+    assert "stopped by --stop" in err
+
+
 def test_prompt_from_stdin_chat_and_order(adapted, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
     run(adapted, "--prompt", "-", "--max-new-tokens", 9, "--show-order")
@@ -124,6 +134,7 @@ def test_empty_prompt_is_bos(adapted, capfd):
         (["--sub-block", "0"], "sub_block=0"),
         (["--sub-block", "9"], r"sub_block: 9 slots are more than a block has \(8\)"),
         (["--block-size", "0"], "block_size"),
+        (["--stop", ""], "stop string is empty"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "-3"], "negative"),
         (["--prompt", "fox " * 600], "512"),
