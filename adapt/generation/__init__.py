@@ -1,4 +1,4 @@
-"""How text is decoded. One sampler a file (`ar`, `block_diffusion`); what they share:
+"""How text is decoded. One sampler a file (`ar`, `block_diffusion`, `self_speculation`); what they share:
 
 base.py      what a sampler is given and gives back
 sampling.py  logits -> candidate tokens with their confidence

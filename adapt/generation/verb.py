@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn: apply the chat template")
     parser.add_argument(
-        "--sampler", metavar="NAME", help="ar, block_diffusion, ... (default: what the model was made for)"
+        "--sampler",
+        metavar="NAME",
+        help="ar, block_diffusion, self_speculation, ... (default: what the model was made for)",
     )
     parser.add_argument("--block-size", type=int, metavar="B", help="slots denoised together (default: the model's)")
     parser.add_argument(
@@ -32,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, metavar="P", help="reveal what is surer than this (default: the model's, or 0.9)"
     )
-    parser.add_argument("--steps", type=int, metavar="T", help="with --rule topk: steps a block takes at most")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="T",
+        help="denoising steps of a block at most (--rule topk, --sampler self_speculation)",
+    )
     parser.add_argument(
         "--sub-block", type=int, metavar="G", help="reveal a block in groups of G slots from left to right"
     )
