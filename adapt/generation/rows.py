@@ -7,14 +7,14 @@ Legend: R rows, S tokens in the cache (padding included), W new tokens of a forw
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from adapt.errors import UserError
+from adapt.errors import Problem, UserError
 from adapt.generation.base import Event, Generation
 from adapt.generation.stop import Stop
 
@@ -97,10 +97,16 @@ def open_rows(
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} is negative; how many tokens should follow?")
     context = getattr(model.config, "max_position_embeddings", None)
+    every = [_ids(prompt) for prompt in prompts]
+    problems = [
+        Problem(f"prompt {number}" if len(every) > 1 else "", what)
+        for number, ids in enumerate(every)
+        for what in _problems(ids, model.config.vocab_size, context)
+    ]
+    if problems:
+        raise UserError(problems)
     rows = []
-    for number, prompt in enumerate(prompts):
-        ids = _ids(prompt)
-        _check(ids, model.config.vocab_size, context)
+    for number, ids in enumerate(every):
         room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
         rng = torch.Generator().manual_seed(seed + number)
         row = Row(number, ids, room, room < max_new_tokens, frozenset(eos_ids), rng, on_event, stop)
@@ -120,16 +126,17 @@ def _ids(prompt: Sequence[int] | Tensor) -> list[int]:
     return [int(i) for i in prompt]
 
 
-def _check(ids: list[int], vocab: int, context: int | None) -> None:
+def _problems(ids: list[int], vocab: int, context: int | None) -> Iterator[str]:
     if not ids:
-        raise UserError("the prompt is empty, and a model needs a token to start from: give the BOS token or some text")
+        yield "the prompt is empty, and a model needs a token to start from: give the BOS token or some text"
+        return
     if not 0 <= min(ids) <= max(ids) < vocab:
-        raise UserError(
+        yield (
             f"the prompt holds token id {max(max(ids), -min(ids)):,d}, the model knows 0 to {vocab - 1:,d}: "
             f"the tokenizer does not belong to this model"
         )
     if context is not None and len(ids) >= context:
-        raise UserError(
+        yield (
             f"the prompt has {len(ids):,d} tokens and the model's context is {context:,d} "
             f"(max_position_embeddings): shorten the prompt by at least {len(ids) - context + 1:,d} tokens"
         )

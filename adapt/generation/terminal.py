@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[tuple[str, int]]:
 
 
 def order_view(tokenizer: Any, generation: Generation, *, colour: bool) -> Text:
-    """The text with each token in the colour of its denoising step; without colours the step stands behind it."""
+    """The text with each token in the colour of its denoising step, and how many each step revealed; without colours the
+    step stands behind the token."""
     from rich.text import Text
 
     steps = dict(generation.reveal_order)
@@ -68,9 +70,11 @@ def order_view(tokenizer: Any, generation: Generation, *, colour: bool) -> Text:
             view.append(str(step).translate(SUPERSCRIPT))
     if colour:
         view.append("\n")
-        for step in sorted({min(s, len(COLOURS) - 1) for s in steps.values()}):
+        tokens_at = Counter(min(s, len(COLOURS) - 1) for s in steps.values())
+        for step in sorted(tokens_at):
             more = "+" if step == len(COLOURS) - 1 else ""
-            view.append(f" {'AR head' if step == 0 else f'step {step}{more}'} ", style=f"{style(step)} reverse")
+            what = "AR head" if step == 0 else f"step {step}{more}"
+            view.append(f" {what}: {tokens_at[step]} ", style=f"{style(step)} reverse")
     return view
 
 

@@ -150,6 +150,29 @@ def test_block_diffusion_of_a_plain_model_is_refused(tiny_base):
         run(tiny_base, "--prompt", PROMPT, "--sampler", "block_diffusion")
 
 
+def test_a_tokenizer_with_another_mask_token_is_refused(adapted, tmp_path, capfd):
+    """With block diffusion, which writes that token into every block; AR decoding has no use for it."""
+    import shutil
+
+    folder = shutil.copytree(adapted, tmp_path / "model")
+    tokenizer = tiny.tiny_tokenizer()
+    other = type(tokenizer).from_pretrained(folder)
+    other.mask_token = "<|im_start|>"
+    other.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"mask token is 3 .* says 1 \(<\|im_start\|>\)"):
+        run(folder, "--prompt", PROMPT)
+    assert run(folder, "--prompt", PROMPT, "--sampler", "ar", "--max-new-tokens", 4) == 0
+
+
+def test_self_speculation_writes_what_ar_writes(adapted, capfd):
+    run(adapted, "--prompt", PROMPT, "--sampler", "ar", "--max-new-tokens", 20)
+    one = capfd.readouterr().out
+    run(adapted, "--prompt", PROMPT, "--sampler", "self_speculation", "--steps", 1, "--max-new-tokens", 20)
+    out, err = capfd.readouterr()
+    assert out == one
+    assert err.startswith("self_speculation: ")
+
+
 def test_missing_model_is_named_without_a_recipe_key():
     with pytest.raises(UserError, match="nowhere") as caught:
         run("./nowhere", "--prompt", PROMPT)
@@ -180,7 +203,8 @@ def test_order_view_has_every_character_and_step():
     generation = Generation(ids, 7, order, "length", 1.0)
     coloured = order_view(tokenizer, generation, colour=True)
     assert coloured.plain.startswith("def add(a, b): 🙂")
-    assert "AR head" in coloured.plain
+    counts = [sum(s == step for _, s in order) for step in range(3)]
+    assert [f"AR head: {counts[0]}" in coloured.plain, f"step 2: {counts[2]}" in coloured.plain] == [True, True]
     assert len({span.style for span in coloured.spans}) >= 3
     plain = order_view(tokenizer, generation, colour=False).plain
     assert all(step in plain for step in "⁰¹²")
