@@ -20,7 +20,7 @@ class Event:
     kind: Literal["reveal", "commit"]
     """`reveal`: a slot was written and stays (in block diffusion in any order). `commit`: final text."""
     positions: tuple[int, ...]
-    """Indices into the new tokens, from 0. Revealed positions behind an EOS are never committed."""
+    """Indices into the new tokens, from 0. Revealed positions behind an EOS or a stop string are never committed."""
     tokens: tuple[int, ...]
     step: int
     """Denoising step of the block that revealed them; 0 is the AR head."""
@@ -30,16 +30,19 @@ class Event:
 @dataclass(frozen=True)
 class Generation:
     tokens: list[int]
-    """The new tokens, up to and including the first EOS."""
+    """The new tokens, up to and including the first EOS; those that lie wholly before a stop string."""
     forwards: int
     """Forward passes this row took part in, prefill and commits included."""
     reveal_order: list[tuple[int, int]]
     """(index into `tokens`, denoising step within its block) in the order of revelation; step 0 is the AR
     head."""
-    stopped_by: Literal["eos", "length", "context"]
-    """`context`: the model has no positions left."""
+    stopped_by: Literal["eos", "stop", "length", "context"]
+    """`stop`: a stop string; `context`: the model has no positions left."""
     seconds: float
     """Wall time until this row was finished."""
+    text: str | None = None
+    """With stop strings: the new text, which ends before the first of them, be it in the middle of a token. None
+    without."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -60,10 +63,13 @@ class Sampler(Protocol):
         *,
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
         seed: int = 0,
         on_event: Callable[[Event], None] | None = None,
     ) -> Generation:
-        """Continue one prompt, [T] ids."""
+        """Continue one prompt, [T] ids. The text ends before the first of the strings `stop`, which are looked for in
+        what `decode` makes of the new tokens."""
 
     def generate_batch(
         self,
@@ -72,6 +78,8 @@ class Sampler(Protocol):
         *,
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
         seed: int = 0,
         on_event: Callable[[Event], None] | None = None,
     ) -> list[Generation]:
@@ -92,12 +100,16 @@ class BatchSampler:
     def generate(self, model, input_ids, **options) -> Generation:
         return self.generate_batch(model, [input_ids], **options)[0]
 
-    def generate_batch(self, model, prompts, *, max_new_tokens, eos_ids=(), seed=0, on_event=None) -> list[Generation]:
+    def generate_batch(
+        self, model, prompts, *, max_new_tokens, eos_ids=(), stop=(), decode=None, seed=0, on_event=None
+    ) -> list[Generation]:
         from adapt.generation.rows import decoding, open_rows
+        from adapt.generation.stop import Stop
 
+        stop = Stop.of(stop, decode)
         plan = self.plan(model, eos_ids)
         everyone = open_rows(
-            model, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids, seed=seed, on_event=on_event
+            model, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids, seed=seed, on_event=on_event, stop=stop
         )
         rows = [r for r in everyone if r.result is None]
         if rows:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from adapt.components import samplers
-from adapt.errors import Problem
+from adapt.errors import Problem, UserError
 from adapt.generation.base import BatchSampler, Sampler
 from adapt.generation.blocks import CONTEXTS, Block, Context
 from adapt.generation.checks import check_layers, resolve
 from adapt.generation.contract import Contract
 from adapt.generation.rows import Row
-from adapt.generation.rules import RULES
+from adapt.generation.rules import RULES, Step, leftmost_group
 from adapt.generation.sampling import Sampling, propose
 
 
@@ -38,11 +38,18 @@ from adapt.generation.sampling import Sampling, propose
 class BlockDiffusionConfig(Sampling):
     block_size: int | None = None
     """Slots denoised together; null takes the model's own (`block_size` of its config). 1 is AR decoding."""
-    rule: Literal["confidence", "sequential"] = "confidence"
-    """`confidence`: all slots above `threshold`, at least one. `sequential`: the leftmost, one per step."""
+    rule: Literal["confidence", "topk", "entropy", "margin", "sequential", "random"] = "confidence"
+    """What a step reveals. `confidence`: all slots above `threshold`, at least one. `topk`: the most probable ones, as
+    many as `steps` asks for. One slot per step: that of the lowest `entropy`, of the widest `margin` between its two
+    best tokens, the leftmost (`sequential`), or any (`random`)."""
     threshold: float | None = None
     """Probability above which the confidence rule reveals a slot; lower is faster and less exact. 1: one per
     step. null takes the model's own (`threshold` of its config), 0.9 where it has none."""
+    steps: int | None = None
+    """Steps a block takes at most with the rule `topk`, which needs it: each reveals slots / steps, rounded up."""
+    sub_block: int | None = None
+    """Slots of a group; the groups of a block are revealed from left to right, while all of the block stays visible. 4
+    or 8 in a block of 32 is usual. null: the block is one group."""
     mask_token_id: int | None = None
     """Token of an unknown slot; null takes the model's own (`mask_token_id` of its config)."""
 
@@ -54,6 +61,14 @@ class BlockDiffusionConfig(Sampling):
             raise ValueError(
                 f"threshold={self.threshold} must lie in (0, 1]; 0.9 is usual, 1 reveals one slot per step"
             )
+        if self.rule == "topk" and self.steps is None:
+            raise ValueError("rule=topk needs steps, the denoising steps of a block: give steps, or take confidence")
+        if self.rule != "topk" and self.steps is not None:
+            raise ValueError(f"steps={self.steps} means nothing to rule={self.rule}; take rule=topk, or leave it out")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be 1 (a whole block at once) or more")
+        if self.sub_block is not None and self.sub_block < 1:
+            raise ValueError(f"sub_block={self.sub_block} must be 1 (from left to right) or more; 4 or 8 is usual")
 
     def problems(self, recipe) -> Iterator[Problem]:
         """What would otherwise come to light only after training."""
@@ -72,7 +87,16 @@ class BlockDiffusionSampler(BatchSampler):
 
     def plan(self, model: nn.Module, eos_ids) -> Contract:
         config = self.config
-        return resolve(model, eos_ids, config.block_size, config.mask_token_id, config.threshold)
+        plan = resolve(model, eos_ids, config.block_size, config.mask_token_id, config.threshold)
+        if None not in (config.sub_block, plan.block_size) and config.sub_block > plan.block_size:
+            raise UserError(
+                Problem(
+                    "sub_block",
+                    f"{config.sub_block} slots are more than a block has ({plan.block_size}): take a divisor of it, or "
+                    f"leave it out",
+                )
+            )
+        return plan
 
     def decode(self, model: nn.Module, rows: list[Row], plan: Contract) -> None:
         check_layers(model, rows)
@@ -105,30 +129,36 @@ class BlockDiffusionSampler(BatchSampler):
 
     def _denoise(self, rows: list[Row], block: Block, context: Context, plan: Contract) -> None:
         """Reveal until no row has an open slot; a row with a settled EOS closes what is left of its block."""
+        config, rule = self.config, RULES[self.config.rule]
+        count = None
+        if config.steps is not None:
+            count = torch.tensor([-(-width // config.steps) for width in block.widths], device=block.tokens.device)
         close_after_eos(rows, block)
         step = 0
         while bool(block.open.any()):
             step += 1
             busy = block.open.any(1).tolist()
-            slots = block.open.any(0).nonzero()[:, 0]  # [K]
+            open = leftmost_group(block.open, config.sub_block)
+            slots = open.any(0).nonzero()[:, 0]  # [K]
+            open = open[:, slots]
             logits = context.denoise(block, slots)
-            candidates = propose(logits, self.config, self._uniform(rows, block, busy, slots), plan.mask_token_id)
-            open = block.open[:, slots]
-            reveal = RULES[self.config.rule](candidates, open, plan) & open
+            uniform = draws(rows, block, busy, slots) if config.temperature > 0 else None
+            lots = draws(rows, block, busy, slots) if config.rule == "random" else None
+            candidates = propose(logits, config, uniform, plan.mask_token_id)
+            reveal = rule(candidates, open, Step(plan.threshold, count, lots)) & open
             block.tokens[:, slots] = torch.where(reveal, candidates.tokens, block.tokens[:, slots])
             block.open[:, slots] &= ~reveal
             record(rows, block, busy, slots, reveal, step)
             close_after_eos(rows, block)
 
-    def _uniform(self, rows: list[Row], block: Block, busy: list[bool], slots: Tensor) -> Tensor | None:
-        """[R, K]: a row draws for its own slots, and only while it is busy: what it would draw alone."""
-        if self.config.temperature == 0:
-            return None
-        drawn = torch.zeros(block.tokens.shape, dtype=torch.float64)
-        for i, row in enumerate(rows):
-            if busy[i]:
-                drawn[i, : block.widths[i]] = row.uniform(block.widths[i])
-        return drawn.to(slots.device)[:, slots]
+
+def draws(rows: list[Row], block: Block, busy: list[bool], slots: Tensor) -> Tensor:
+    """[R, K] uniform: a row draws for its own slots, and only while it is busy: what it would draw alone."""
+    drawn = torch.zeros(block.tokens.shape, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        if busy[i]:
+            drawn[i, : block.widths[i]] = row.uniform(block.widths[i])
+    return drawn.to(slots.device)[:, slots]
 
 
 def record(rows: list[Row], block: Block, busy: list[bool], slots: Tensor, reveal: Tensor, step: int) -> None:

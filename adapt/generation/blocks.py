@@ -68,8 +68,9 @@ class Block:
 
 
 class Context(Protocol):
-    head: Tensor | None
-    """[R, 1, V] logits of the token after the committed text, where that is how fresh blocks begin."""
+    @property
+    def head(self) -> Tensor | None:
+        """[R, 1, V] logits of the token after the committed text, where that is how fresh blocks begin."""
 
     def open(self, rows: list[Row]) -> Block:
         """The next block of every row."""
@@ -98,13 +99,16 @@ class Cached:
         self.real = prompt.real  # [R, S]
         self.start = self.real.sum(1)  # [R] where each row goes on
         self.given = [r.prompt[n:] for r, n in zip(rows, lengths, strict=True)]
-        self.head = None
+        self.last = None  # [R, 1, V] logits after the committed text
         if max(lengths) > 0:
             mask = self.prefill_mask(prompt)
-            logits = forward(model, self.cache, prompt.ids, prompt.positions, mask, keep=1)
-            self.head = logits if self.from_head else None
+            self.last = forward(model, self.cache, prompt.ids, prompt.positions, mask, keep=1)
             for row, length in zip(rows, lengths, strict=True):
                 row.forwards += length > 0
+
+    @property
+    def head(self) -> Tensor | None:
+        return self.last if self.from_head else None
 
     def whole(self, length: int) -> int:
         """How much of a prompt is prefilled."""
@@ -131,8 +135,7 @@ class Cached:
 
     def commit(self, rows: list[Row], block: Block, keep: Tensor) -> None:
         self.select(keep)
-        logits = self.extend(rows, block.tokens[keep], block.positions[keep], keep=1)
-        self.head = logits if self.from_head else None
+        self.last = self.extend(rows, block.tokens[keep], block.positions[keep], keep=1)
         self.real = torch.cat([self.real, torch.ones_like(block.used[keep])], 1)
         self.start = block.positions[keep, -1] + 1
         self.given = [[] for _ in rows]
@@ -165,6 +168,14 @@ class Causal(Cached):
 
     def clean_mask(self, width: int) -> Tensor:
         return visible(self.real, width, causal=True)
+
+    def settle(self, counts: Tensor) -> None:
+        """Of the tokens just extended by, only the first counts [R] are text. What no row keeps leaves the cache; what
+        another row keeps stays in it, hidden."""
+        width, longest = self.cache.get_seq_length() - self.real.shape[1], int(counts.max())
+        self.cache.crop(longest - width)
+        kept = torch.arange(longest, device=counts.device) < counts[:, None]
+        self.real, self.start = torch.cat([self.real, kept], 1), self.start + counts
 
 
 class BlockCausal(Cached):

@@ -7,15 +7,16 @@ Legend: R rows, S tokens in the cache (padding included), W new tokens of a forw
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from adapt.errors import UserError
+from adapt.errors import Problem, UserError
 from adapt.generation.base import Event, Generation
+from adapt.generation.stop import Stop
 
 
 @dataclass
@@ -31,6 +32,11 @@ class Row:
     eos: frozenset[int]
     rng: torch.Generator
     on_event: object = None
+    stop: Stop | None = None
+    text: str | None = None
+    """The text of `tokens`, where stop strings have it decoded."""
+    told: int = 0
+    """Tokens a `commit` event has been about: with stop strings, no more than are sure to stay."""
     tokens: list[int] = field(default_factory=list)
     order: list[tuple[int, int]] = field(default_factory=list)
     forwards: int = 0
@@ -45,40 +51,65 @@ class Row:
         self.order += [(p, step) for p in positions]
         self._tell("reveal", positions, tokens, step)
 
-    def commit(self, tokens: list[int], step: int = 0) -> None:
-        """Append final text, up to and including the first EOS; the row is finished there or at its limit."""
-        stop = next((i + 1 for i, t in enumerate(tokens) if t in self.eos), None)
-        tokens = tokens[:stop]
-        first = len(self.tokens)
-        self.tokens += tokens
-        self._tell("commit", range(first, len(self.tokens)), tokens, step)
-        if stop is not None:
+    def commit(self, tokens: list[int]) -> None:
+        """Append final text, up to and including the first EOS; the row is finished there, at a stop string or at its
+        limit."""
+        end = next((i + 1 for i, t in enumerate(tokens) if t in self.eos), None)
+        self.tokens += tokens[:end]
+        sure = len(self.tokens)
+        if self.stop is not None:
+            self.text = self.stop.decode(self.tokens)
+            at = self.stop.found(self.text)
+            if at is not None:
+                self._cut(at)
+                return
+            sure = max(self.told, self.stop.whole(self.tokens, self.text, self.stop.sure(self.text)))
+        self._tell_commit(sure)
+        if end is not None:
             self.finish("eos")
         elif len(self.tokens) >= self.limit:
             self.finish("context" if self.capped else "length")
 
+    def _cut(self, at: int) -> None:
+        del self.tokens[self.stop.whole(self.tokens, self.text, at) :]
+        self.text = self.text[:at]
+        self.finish("stop")
+
     def finish(self, why: str) -> None:
+        self._tell_commit(len(self.tokens))
         order = [(p, s) for p, s in self.order if p < len(self.tokens)]
         seconds = time.perf_counter() - self.started
-        self.result = Generation(self.tokens, self.forwards, order, why, seconds)
+        self.result = Generation(self.tokens, self.forwards, order, why, seconds, self.text)
+
+    def _tell_commit(self, until: int) -> None:
+        first, self.told = self.told, until
+        self._tell("commit", range(first, until), self.tokens[first:until], 0)
 
     def _tell(self, kind, positions, tokens, step) -> None:
         if self.on_event is not None and tokens:
             self.on_event(Event(kind, tuple(positions), tuple(tokens), step, self.number))
 
 
-def open_rows(model: nn.Module, prompts, *, max_new_tokens: int, eos_ids, seed: int, on_event) -> list[Row]:
+def open_rows(
+    model: nn.Module, prompts, *, max_new_tokens: int, eos_ids, seed: int, on_event=None, stop: Stop | None = None
+) -> list[Row]:
     """Checked rows, those with nothing to do already finished."""
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens} is negative; how many tokens should follow?")
     context = getattr(model.config, "max_position_embeddings", None)
+    every = [_ids(prompt) for prompt in prompts]
+    problems = [
+        Problem(f"prompt {number}" if len(every) > 1 else "", what)
+        for number, ids in enumerate(every)
+        for what in _problems(ids, model.config.vocab_size, context)
+    ]
+    if problems:
+        raise UserError(problems)
     rows = []
-    for number, prompt in enumerate(prompts):
-        ids = _ids(prompt)
-        _check(ids, model.config.vocab_size, context)
+    for number, ids in enumerate(every):
         room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
         rng = torch.Generator().manual_seed(seed + number)
-        row = Row(number, ids, room, room < max_new_tokens, frozenset(eos_ids), rng, on_event)
+        row = Row(number, ids, room, room < max_new_tokens, frozenset(eos_ids), rng, on_event, stop)
         if room == 0:
             row.finish("length")
         rows.append(row)
@@ -95,16 +126,17 @@ def _ids(prompt: Sequence[int] | Tensor) -> list[int]:
     return [int(i) for i in prompt]
 
 
-def _check(ids: list[int], vocab: int, context: int | None) -> None:
+def _problems(ids: list[int], vocab: int, context: int | None) -> Iterator[str]:
     if not ids:
-        raise UserError("the prompt is empty, and a model needs a token to start from: give the BOS token or some text")
+        yield "the prompt is empty, and a model needs a token to start from: give the BOS token or some text"
+        return
     if not 0 <= min(ids) <= max(ids) < vocab:
-        raise UserError(
+        yield (
             f"the prompt holds token id {max(max(ids), -min(ids)):,d}, the model knows 0 to {vocab - 1:,d}: "
             f"the tokenizer does not belong to this model"
         )
     if context is not None and len(ids) >= context:
-        raise UserError(
+        yield (
             f"the prompt has {len(ids):,d} tokens and the model's context is {context:,d} "
             f"(max_position_embeddings): shorten the prompt by at least {len(ids) - context + 1:,d} tokens"
         )

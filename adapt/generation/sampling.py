@@ -48,18 +48,32 @@ class Candidates:
 def propose(logits: Tensor, sampling: Sampling, uniform: Tensor | None, forbidden: int | None = None) -> Candidates:
     """logits [R, K, V], uniform [R, K] fp64 in [0, 1) (None at temperature 0); `forbidden` is never
     proposed."""
+    logits = allowed(logits, forbidden)
+    probabilities = _distribution(logits, sampling)
+    # Of the logits: two that differ may have the same probability once rounded.
+    tokens = logits.argmax(-1) if sampling.temperature == 0 else draw(probabilities, uniform)
+    confidence = probabilities.gather(-1, tokens[..., None])[..., 0]
+    return Candidates(tokens, confidence, probabilities)
+
+
+def distribution(logits: Tensor, sampling: Sampling, forbidden: int | None = None) -> Tensor:
+    """logits [R, K, V] -> what tokens are drawn from, [R, K, V]; at temperature 0 the plain softmax. At least fp32."""
+    return _distribution(allowed(logits, forbidden), sampling)
+
+
+def _distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.temperature > 0:
+        logits = filtered(logits / sampling.temperature, sampling)
+    return logits.softmax(-1)
+
+
+def allowed(logits: Tensor, forbidden: int | None) -> Tensor:
+    """In at least fp32, and minus infinity for the forbidden token."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if forbidden is not None:
         logits = logits.clone()
         logits[..., forbidden] = float("-inf")
-    if sampling.temperature == 0:
-        probabilities = logits.softmax(-1)
-        tokens = logits.argmax(-1)
-    else:
-        probabilities = filtered(logits / sampling.temperature, sampling).softmax(-1)
-        tokens = draw(probabilities, uniform)
-    confidence = probabilities.gather(-1, tokens[..., None])[..., 0]
-    return Candidates(tokens, confidence, probabilities)
+    return logits
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:

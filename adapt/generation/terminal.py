@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adapt.generation.base import Event, Generation
+from adapt.generation.stop import UNFINISHED
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-UNFINISHED = "\ufffd"
-"""What a tokenizer decodes an incomplete character to."""
 COLOURS = ("bold white", "green", "bright_green", "yellow", "bright_yellow", "magenta", "bright_magenta", "red")
 """By denoising step; later steps share the last."""
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -30,8 +30,9 @@ class Stream:
             self.tokens += event.tokens
             self._show(text_of(self.tokenizer, self.tokens).rstrip(UNFINISHED))
 
-    def finish(self) -> None:
-        self._show(text_of(self.tokenizer, self.tokens))
+    def finish(self, text: str | None = None) -> None:
+        """Show the rest: of `text`, where a stop string has cut it, else of the tokens."""
+        self._show(text_of(self.tokenizer, self.tokens) if text is None else text)
 
     def _show(self, text: str) -> None:
         if text.startswith(self.shown) and len(text) > len(self.shown):
@@ -56,7 +57,8 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[tuple[str, int]]:
 
 
 def order_view(tokenizer: Any, generation: Generation, *, colour: bool) -> Text:
-    """The text with each token in the colour of its denoising step; without colours the step stands behind it."""
+    """The text with each token in the colour of its denoising step, and how many each step revealed; without colours the
+    step stands behind the token."""
     from rich.text import Text
 
     steps = dict(generation.reveal_order)
@@ -68,9 +70,11 @@ def order_view(tokenizer: Any, generation: Generation, *, colour: bool) -> Text:
             view.append(str(step).translate(SUPERSCRIPT))
     if colour:
         view.append("\n")
-        for step in sorted({min(s, len(COLOURS) - 1) for s in steps.values()}):
+        tokens_at = Counter(min(s, len(COLOURS) - 1) for s in steps.values())
+        for step in sorted(tokens_at):
             more = "+" if step == len(COLOURS) - 1 else ""
-            view.append(f" {'AR head' if step == 0 else f'step {step}{more}'} ", style=f"{style(step)} reverse")
+            what = "AR head" if step == 0 else f"step {step}{more}"
+            view.append(f" {what}: {tokens_at[step]} ", style=f"{style(step)} reverse")
     return view
 
 
@@ -79,7 +83,12 @@ def style(step: int) -> str:
 
 
 def summary(generation: Generation) -> str:
-    why = {"eos": "ended by itself", "length": "stopped by --max-new-tokens", "context": "the context is full"}
+    why = {
+        "eos": "ended by itself",
+        "stop": "stopped by --stop",
+        "length": "stopped by --max-new-tokens",
+        "context": "the context is full",
+    }
     return (
         f"{len(generation.tokens)} tokens, {generation.forwards} forwards, "
         f"{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "

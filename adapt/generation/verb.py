@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from typing import Any
 
 from adapt.errors import UserError
 from adapt.generation.contract import Contract
 
-SETTINGS = ("block_size", "rule", "threshold", "temperature", "top_k", "top_p")
+SETTINGS = ("block_size", "rule", "threshold", "steps", "sub_block", "temperature", "top_k", "top_p")
 """Arguments that are the sampler's own fields; the sampler's config judges them."""
 
 
@@ -21,15 +22,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn: apply the chat template")
     parser.add_argument(
-        "--sampler", metavar="NAME", help="ar, block_diffusion, ... (default: what the model was made for)"
+        "--sampler",
+        metavar="NAME",
+        help="ar, block_diffusion, self_speculation, ... (default: what the model was made for)",
     )
     parser.add_argument("--block-size", type=int, metavar="B", help="slots denoised together (default: the model's)")
-    parser.add_argument("--rule", metavar="NAME", help="which slots a step reveals: confidence, sequential")
-    parser.add_argument("--threshold", type=float, metavar="P", help="reveal what is surer than this (default: 0.9)")
+    parser.add_argument(
+        "--rule",
+        metavar="NAME",
+        help="which slots a step reveals: confidence, topk, entropy, margin, sequential, random",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="reveal what is surer than this (default: the model's, or 0.9)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="T",
+        help="denoising steps of a block at most (--rule topk, --sampler self_speculation)",
+    )
+    parser.add_argument(
+        "--sub-block", type=int, metavar="G", help="reveal a block in groups of G slots from left to right"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the tokens that make up this probability")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides what is drawn at temperatures above 0")
     parser.add_argument(
         "--show-order", action="store_true", help="show in which denoising step each token was revealed"
@@ -41,7 +62,7 @@ def generate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from adapt.generation.load import eos_ids, open_model
-    from adapt.generation.terminal import Stream, order_view, summary
+    from adapt.generation.terminal import Stream, order_view, summary, text_of
 
     opened = open_model(args.model)
     choice = choose(args, opened.model, opened.tokenizer)
@@ -52,10 +73,12 @@ def generate(args: argparse.Namespace) -> int:
         ids,
         max_new_tokens=args.max_new_tokens,
         eos_ids=eos_ids(opened.model, opened.tokenizer),
+        stop=args.stop,
+        decode=partial(text_of, opened.tokenizer),
         seed=args.seed,
         on_event=stream,
     )
-    stream.finish()
+    stream.finish(result.text)
     _write("\n")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if args.show_order:
@@ -81,7 +104,13 @@ def choose(args: argparse.Namespace, model: Any, tokenizer: Any):
         known = {f.name for f in dataclass_fields(samplers[name].config_type)}
     except UnknownComponent as error:
         raise UserError(str(error)) from None
-    if "mask_token_id" in known and mask is None and tokenizer.mask_token_id is not None:
+    if "mask_token_id" in known and tokenizer.mask_token_id is not None:
+        if mask not in (None, tokenizer.mask_token_id):
+            raise UserError(
+                f"the model's config says the mask token is {mask} (mask_token_id), its tokenizer says "
+                f"{tokenizer.mask_token_id} ({tokenizer.mask_token}): one of them belongs to another model, and with "
+                f"the wrong one every block would be noise; correct config.json or tokenizer_config.json"
+            )
         wanted["mask_token_id"] = tokenizer.mask_token_id
     exported = getattr(model.generation_config, "threshold", None)
     if "threshold" in known and exported is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -16,10 +17,11 @@ def sample(model: nn.Module, tokenizer, prompt: str, choice: SamplerChoice, max_
     result = choice.build().generate(model, ids, max_new_tokens=max_new_tokens, eos_ids=eos_ids(model, tokenizer))
     tokens = [int(t) for t in result.tokens]
     steps = dict(result.reveal_order)
-    settings = {k: v for k, v in vars(choice.config).items() if k == "threshold" and v is not None}
+    config = choice.config
+    changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     return {
         "prompt": prompt,
-        "sampler": " ".join([choice.name, *(f"{k} {v}" for k, v in settings.items())]),
+        "sampler": " ".join([choice.name, *(f"{key} {getattr(config, key)}" for key in changed)]),
         "text": tokenizer.decode(tokens, skip_special_tokens=True),
         "forwards": result.forwards,
         "tokens_per_forward": result.tokens_per_forward,

@@ -75,6 +75,24 @@ def test_settings_reach_the_sampler(adapted, capfd):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_rules_reach_the_sampler(adapted, capfd):
+    run(adapted, "--prompt", PROMPT, "--rule", "topk", "--steps", 2, "--sub-block", 4, "--max-new-tokens", 16)
+    out, err = capfd.readouterr()
+    result = expected(adapted, "block_diffusion", 16, rule="topk", steps=2, sub_block=4)
+    assert out == tiny.tiny_tokenizer().decode(result.tokens, skip_special_tokens=True) + "\n"
+    assert f"{len(result.tokens)} tokens, {result.forwards} forwards" in err
+
+
+def test_stop_strings(adapted, capfd):
+    run(adapted, "--prompt", PROMPT, "--max-new-tokens", 20)
+    whole = capfd.readouterr().out.removesuffix("\n")
+    stop = next(whole[i : i + 2] for i in range(5, len(whole)) if "\ufffd" not in whole[i : i + 2])
+    run(adapted, "--prompt", PROMPT, "--max-new-tokens", 20, "--stop", "not in there", "--stop", stop)
+    out, err = capfd.readouterr()
+    assert out == whole[: whole.find(stop)] + "\n"
+    assert "stopped by --stop" in err
+
+
 def test_prompt_from_stdin_chat_and_order(adapted, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
     run(adapted, "--prompt", "-", "--max-new-tokens", 9, "--show-order")
@@ -110,7 +128,13 @@ def test_empty_prompt_is_bos(adapted, capfd):
         (["--sampler", "ar", "--threshold", "0.5"], "threshold"),
         (["--sampler", "blok_diffusion"], "Did you mean 'block_diffusion'"),
         (["--rule", "confidenc"], "Did you mean 'confidence'"),
+        (["--rule", "topk"], "needs steps"),
+        (["--rule", "entropy", "--steps", "4"], "steps=4 means nothing"),
+        (["--rule", "topk", "--steps", "0"], "steps=0"),
+        (["--sub-block", "0"], "sub_block=0"),
+        (["--sub-block", "9"], r"sub_block: 9 slots are more than a block has \(8\)"),
         (["--block-size", "0"], "block_size"),
+        (["--stop", ""], "stop string is empty"),
         (["--temperature", "-1"], "temperature"),
         (["--max-new-tokens", "-3"], "negative"),
         (["--prompt", "fox " * 600], "512"),
@@ -124,6 +148,29 @@ def test_bad_input(adapted, argv, letter):
 def test_block_diffusion_of_a_plain_model_is_refused(tiny_base):
     with pytest.raises(UserError, match="mask_token_id"):
         run(tiny_base, "--prompt", PROMPT, "--sampler", "block_diffusion")
+
+
+def test_a_tokenizer_with_another_mask_token_is_refused(adapted, tmp_path, capfd):
+    """With block diffusion, which writes that token into every block; AR decoding has no use for it."""
+    import shutil
+
+    folder = shutil.copytree(adapted, tmp_path / "model")
+    tokenizer = tiny.tiny_tokenizer()
+    other = type(tokenizer).from_pretrained(folder)
+    other.mask_token = "<|im_start|>"
+    other.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"mask token is 3 .* says 1 \(<\|im_start\|>\)"):
+        run(folder, "--prompt", PROMPT)
+    assert run(folder, "--prompt", PROMPT, "--sampler", "ar", "--max-new-tokens", 4) == 0
+
+
+def test_self_speculation_writes_what_ar_writes(adapted, capfd):
+    run(adapted, "--prompt", PROMPT, "--sampler", "ar", "--max-new-tokens", 20)
+    one = capfd.readouterr().out
+    run(adapted, "--prompt", PROMPT, "--sampler", "self_speculation", "--steps", 1, "--max-new-tokens", 20)
+    out, err = capfd.readouterr()
+    assert out == one
+    assert err.startswith("self_speculation: ")
 
 
 def test_missing_model_is_named_without_a_recipe_key():
@@ -156,7 +203,8 @@ def test_order_view_has_every_character_and_step():
     generation = Generation(ids, 7, order, "length", 1.0)
     coloured = order_view(tokenizer, generation, colour=True)
     assert coloured.plain.startswith("def add(a, b): 🙂")
-    assert "AR head" in coloured.plain
+    counts = [sum(s == step for _, s in order) for step in range(3)]
+    assert [f"AR head: {counts[0]}" in coloured.plain, f"step 2: {counts[2]}" in coloured.plain] == [True, True]
     assert len({span.style for span in coloured.spans}) >= 3
     plain = order_view(tokenizer, generation, colour=False).plain
     assert all(step in plain for step in "⁰¹²")
