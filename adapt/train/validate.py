@@ -35,6 +35,8 @@ def check(resolved: Resolved, offline: bool = False) -> Report:
     )
     report.problems += _between(resolved)
     chosen = [list(selections(recipe)) for recipe in stages]
+    for early in chosen[:-1]:  # samples are made once, with what the last stage leaves
+        early[:] = [(where, choice) for where, choice in early if not where.startswith("generation.")]
     _add(report, resolved, [_of_components(r, c) for r, c in zip(stages, chosen, strict=True)])
     names = dict.fromkeys(choice.name for stage in chosen for _, choice in stage)
     report.checked.append(f"components fit together: {', '.join(names)}")

@@ -239,3 +239,38 @@ def test_elbo_weights_estimate_the_integral_over_t(prediction):
         if any(pattern):
             total += losses[pattern] * float(prepared.inputs["masked/weight"][0])
     assert total / count == pytest.approx(exact[0.25], rel=0.03)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    documents=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    b=st.sampled_from([1, 2, 4, 8, 32]),
+    prompt=st.integers(0, 9),
+    phase=st.sampled_from(["zero", "random", "response"]),
+    context=st.sampled_from(["causal", "block"]),
+    complementary=st.booleans(),
+)
+def test_who_sees_whom(documents, b, prompt, phase, context, complementary):
+    """Invariants 3 and 6 for every phase and prompt: a noisy slot sees its own block of its own copy and clean tokens of
+    earlier blocks, never clean text it should predict; a clean token never a noisy one; nobody another document."""
+    batch = packed([documents], prompt=prompt, pad=2)
+    goal = objective(
+        block_size=b, phase=phase, context=context, ar_weight=0.0, block_first="noisy",
+        noise=Noise(complementary=complementary, t_min=1.0),
+    )  # fmt: skip
+    layout = goal.prepare(batch, seed=3, step=0).inputs["layout"]
+    number = Blocks.of(batch, b, phase, 3).number[0].tolist()
+    doc, pos, length = batch.doc_ids[0].tolist(), batch.position_ids[0].tolist(), batch.input_ids.shape[1]
+    dense, streams = layout.dense()[0], layout.stream[0].tolist()
+    for q in range(dense.shape[0]):
+        i = q % length
+        for k in range(dense.shape[1]):
+            j = k % length
+            if doc[i] != doc[j]:
+                expected = False
+            elif streams[q]:
+                same = streams[k] == streams[q] and number[j] == number[i]
+                expected = same or (not streams[k] and number[j] < number[i])
+            else:
+                expected = not streams[k] and (number[j] <= number[i] if context == "block" else pos[j] <= pos[i])
+            assert bool(dense[q, k]) == expected
