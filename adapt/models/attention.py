@@ -111,7 +111,6 @@ def _spans(mask: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
-@torch.compiler.disable
 def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float | None, dropout: float) -> Tensor:
     """q [B, H, S, D], k and v [B, G, S, D] -> [B, H, S, D]."""
     rows = []
@@ -130,6 +129,16 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float | None,
         ]
         rows.append(torch.cat(out, 2))
     return torch.cat(rows, 0)
+
+
+_run_tiles = _tiled
+
+
+def keep_out_of_graphs() -> None:
+    """For compiled models: tiles are Python loops over a plan that changes with every batch, so the compiler calls them
+    as they are. (Not a decorator: it would cost every import the second that importing the compiler takes.)"""
+    global _run_tiles
+    _run_tiles = torch.compiler.disable(_tiled)
 
 
 def _take(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
@@ -156,7 +165,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if isinstance(plan, TilePlan):
-        out = _tiled(query, key, value, plan, scaling, dropout)
+        out = _run_tiles(query, key, value, plan, scaling, dropout)
     else:
         if dropout:
             raise ValueError(

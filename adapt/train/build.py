@@ -35,6 +35,7 @@ def build_root(recipe: Recipe, student: nn.Module, world: World) -> Root:
         student.activation_checkpointing_enable({"use_reentrant": False})
     student.config.use_cache = False
     if trainer.compile:
+        attention.keep_out_of_graphs()
         for layer in student.get_decoder().layers:
             layer.compile()
     root = Root(student)

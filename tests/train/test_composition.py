@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,3 +58,16 @@ def test_block_diffusion_composes(case, family, chats, tmp_path):
     found = decode("block_diffusion", SamplerChoice).build().generate(model, [9, 8, 7], max_new_tokens=9)
     assert len(found.tokens) == 9
     assert model.config.mask_token_id not in found.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_losses(tiny_base, tmp_path):
+    from tests.train.test_fit import losses
+
+    for name in ("plain", "compiled"):
+        recipe = tiny_recipe(tiny_base, tmp_path, run={"name": name})
+        recipe["trainer"] |= {"compile": name == "compiled", "steps": 3}
+        fit(resolve(recipe))
+    a, b = (losses(tmp_path / "runs" / n) for n in ("plain", "compiled"))
+    assert max(abs(a[s] - b[s]) for s in a) < 1e-5 * max(a.values())
