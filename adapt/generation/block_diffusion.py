@@ -27,7 +27,7 @@ from adapt.components import samplers
 from adapt.errors import Problem, UserError
 from adapt.generation.base import BatchSampler, Sampler
 from adapt.generation.blocks import CONTEXTS, Block, Context
-from adapt.generation.checks import check_layers, resolve
+from adapt.generation.checks import block_size_problems, check_layers, resolve
 from adapt.generation.contract import Contract
 from adapt.generation.rows import Row
 from adapt.generation.rules import RULES, Step, leftmost_group
@@ -72,13 +72,7 @@ class BlockDiffusionConfig(Sampling):
 
     def problems(self, recipe) -> Iterator[Problem]:
         """What would otherwise come to light only after training."""
-        stated = hasattr(recipe.objective.config, "block_size") or "block_size" in (recipe.model.arch or {})
-        if self.block_size is None and not stated:
-            yield Problem(
-                "",
-                f"block_diffusion needs a block size, and the objective {recipe.objective.name!r} has none: write "
-                f"{{name: block_diffusion, block_size: 8}}, or decode with ar",
-            )
+        yield from block_size_problems("block_diffusion", self.block_size, recipe)
 
 
 class BlockDiffusionSampler(BatchSampler):
@@ -122,9 +116,9 @@ class BlockDiffusionSampler(BatchSampler):
         uniform = None
         if self.config.temperature > 0:
             uniform = torch.stack([rows[i].uniform(1) for i in fresh]).to(logits.device)
-        first = propose(logits[fresh], self.config, uniform, mask_id).tokens[:, 0].tolist()
-        for i, token in zip(fresh, first, strict=True):
-            block.put(i, token)
+        first = propose(logits[fresh], self.config, uniform, mask_id).tokens[:, 0]
+        block.begin(fresh, first)
+        for i, token in zip(fresh, first.tolist(), strict=True):
             rows[i].reveal([len(rows[i].tokens)], [token], 0)
 
     def _denoise(self, rows: list[Row], block: Block, context: Context, plan: Contract) -> None:

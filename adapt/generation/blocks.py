@@ -58,9 +58,9 @@ class Block:
         tokens, open, used, offset = (t.to(start.device) for t in (tokens, open, used, offset))
         return Block(tokens, open, used, start[:, None] + offset, widths, counts)
 
-    def put(self, row: int, token: int) -> None:
-        """A row's first slot is known after all."""
-        self.tokens[row, 0], self.open[row, 0] = token, False
+    def begin(self, rows: list[int], tokens: Tensor) -> None:
+        """The first slots of these rows are known after all; tokens [len(rows)]."""
+        self.tokens[rows, 0], self.open[rows, 0] = tokens, False
 
     def new_tokens(self, row: int) -> list[int]:
         """What a finished block adds to the row's text."""

@@ -103,3 +103,14 @@ def sliding_window(config: Any) -> int | None:
 
     layers = DynamicCache(config=config).layers
     return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
+
+
+def block_size_problems(sampler: str, own: int | None, recipe: Any) -> Iterator[Problem]:
+    """A recipe whose sampler would find no block size, in its settings or in the model that is trained."""
+    stated = hasattr(recipe.objective.config, "block_size") or "block_size" in (recipe.model.arch or {})
+    if own is None and not stated:
+        yield Problem(
+            "",
+            f"{sampler} needs a block size, and the objective {recipe.objective.name!r} has none: write "
+            f"{{name: {sampler}, block_size: 8}}, or decode with ar",
+        )

@@ -32,7 +32,7 @@ from adapt.components import samplers
 from adapt.errors import Problem, UserError
 from adapt.generation.base import BatchSampler, Sampler
 from adapt.generation.blocks import Block, Causal
-from adapt.generation.checks import check_layers, resolve
+from adapt.generation.checks import block_size_problems, check_layers, resolve
 from adapt.generation.contract import Contract
 from adapt.generation.rows import Row
 from adapt.generation.rules import Step, confidence
@@ -62,13 +62,7 @@ class SelfSpeculationConfig(Sampling):
             raise ValueError(f"steps={self.steps} leaves nothing to verify; give 1 or more")
 
     def problems(self, recipe) -> Iterator[Problem]:
-        stated = hasattr(recipe.objective.config, "block_size") or "block_size" in (recipe.model.arch or {})
-        if self.block_size is None and not stated:
-            yield Problem(
-                "",
-                f"self_speculation needs a block size, and the objective {recipe.objective.name!r} has none: write "
-                f"{{name: self_speculation, block_size: 8}}, or decode with ar",
-            )
+        yield from block_size_problems("self_speculation", self.block_size, recipe)
         whole = getattr(recipe.objective.config, "block_size", 1) is None
         if whole or getattr(recipe.objective.config, "context", "causal") != "causal":
             yield Problem("", f"{NOT_CAUSAL}: decode with block_diffusion, or train with objective.context=causal")
