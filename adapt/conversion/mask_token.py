@@ -108,7 +108,7 @@ def choose(wish: MaskTokenConfig, config, tokenizer) -> Choice:
     if choice.how != "new" and not 0 <= choice.id < rows:
         raise UserError(Problem("id", f"{choice.token!r} has id {choice.id}, but the model has {rows} embedding rows"))
     _refuse_taken(choice.id, config, tokenizer)
-    if choice.how == "existing":
+    if choice.how == "existing" and choice.id != getattr(config, "mask_token_id", None):  # its own may be anything
         _refuse_word(choice, tokenizer)
     return choice
 

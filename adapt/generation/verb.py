@@ -105,12 +105,6 @@ def choose(args: argparse.Namespace, model: Any, tokenizer: Any):
     except UnknownComponent as error:
         raise UserError(str(error)) from None
     if "mask_token_id" in known and tokenizer.mask_token_id is not None:
-        if mask not in (None, tokenizer.mask_token_id):
-            raise UserError(
-                f"the model's config says the mask token is {mask} (mask_token_id), its tokenizer says "
-                f"{tokenizer.mask_token_id} ({tokenizer.mask_token}): one of them belongs to another model, and with "
-                f"the wrong one every block would be noise; correct config.json or tokenizer_config.json"
-            )
         wanted["mask_token_id"] = tokenizer.mask_token_id
     exported = getattr(model.generation_config, "threshold", None)
     if "threshold" in known and exported is not None:

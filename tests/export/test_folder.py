@@ -197,7 +197,8 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
         folder = export(tmp_path / "out")
     finally:
         os.umask(old)
-    assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {"0o640"}
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.rglob("*") if p.is_file()} == {"0o640"}
+    assert oct((folder / "custom_generate").stat().st_mode & 0o777) == "0o750"
     assert oct(folder.stat().st_mode & 0o777) == "0o750"
 
 
