@@ -113,7 +113,7 @@ def run(case: str, arm: str, args: argparse.Namespace) -> dict[str, float]:
     times = []
     for _ in range(args.steps + 1):
         started = time.process_time()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         step()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
