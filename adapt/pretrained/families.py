@@ -28,6 +28,7 @@ REASONS = {
     "qwen3_5_text": "linear attention layers; convert from an attention-only model instead",
     "mamba": "no attention to lay out",
     "mamba2": "no attention to lay out",
+    "PanguEmbedded": "openPangu's own architecture, in its repository's code alone",
     "t5": "an encoder-decoder, not a causal language model",
     "bert": "an encoder, not a causal language model",
 }
@@ -39,9 +40,7 @@ def family_problems(config, *, seq_len: int | None = None, trusted: bool = False
     problems = []
     remote = trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if kind not in FAMILIES and not remote:
-        why = f": {REASONS[kind]}" if kind in REASONS else ""
-        known = "Llama (with SmolLM2), Mistral, Qwen2 (with Qwen2.5) and Qwen3"
-        problems.append(Problem("model.base", f"the {kind} family is not supported{why}. Supported: {known}"))
+        problems.append(unsupported(kind))
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         problems.append(
@@ -67,6 +66,12 @@ def family_problems(config, *, seq_len: int | None = None, trusted: bool = False
             )
         )
     return problems
+
+
+def unsupported(kind: str) -> Problem:
+    why = f": {REASONS[kind]}" if kind in REASONS else ""
+    known = "Llama (with SmolLM2), Mistral, Qwen2 (with Qwen2.5) and Qwen3"
+    return Problem("model.base", f"the {kind} family is not supported{why}. Supported: {known}")
 
 
 def sliding_window(config) -> int | None:

@@ -13,7 +13,7 @@ from adapt.pretrained import block_diffusion_formats as formats
 from adapt.pretrained import gguf, pypi
 from adapt.pretrained.arch import arch_config
 from adapt.pretrained.bases import CONFIG, TOKENIZER, WEIGHTS, Base, locate, parse
-from adapt.pretrained.families import family_problems
+from adapt.pretrained.families import REASONS, family_problems, unsupported
 from adapt.pretrained.quiet import quiet
 from adapt.pretrained.rope import apply_rope
 
@@ -201,6 +201,8 @@ def _read_config(folder: Path, model: Model) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:
         kind = raw.get("model_type")
+        if kind in REASONS and not model.trust_remote_code:
+            raise UserError(unsupported(kind)) from None
         if raw.get("auto_map") and not model.trust_remote_code:
             what = (
                 f"its model_type {kind!r} needs Python code from its repository; if you have read that code, set "

@@ -11,7 +11,7 @@ from adapt.components import BlockSizesChoice
 from adapt.config import decode
 from adapt.models import attention
 from adapt.models.layout import Layout
-from adapt.objectives.base import Facts
+from adapt.objectives.base import Facts, Models
 from adapt.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig
 from tests.batches import packed
 
@@ -49,3 +49,23 @@ def test_no_recompilation_across_growth_steps(counters):
     assert [size for size, _ in seen] == [2, 4, 8]
     assert min(seen[0][1].values()) >= 1, "nothing was compiled, so the test says nothing"
     assert seen[0][1] == seen[1][1] == seen[2][1]
+
+
+def test_one_mask_per_batch_for_all_layers_and_recomputation(monkeypatch):
+    """The plan is made once for a batch, whatever the number of layers, and again neither by activation checkpointing
+    nor by a growth step."""
+    from tests import tiny
+
+    made = []
+    original = attention.make_plan
+    monkeypatch.setattr(attention, "make_plan", lambda *a: made.append(1) or original(*a))
+    objective = BlockDiffusion(BlockDiffusionConfig(block_size=8, growth=GROWTH), Facts(mask_token_id=3))
+    for layers, recompute in ((2, False), (4, True)):
+        model = attention.use(tiny.tiny_model(num_hidden_layers=layers)).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for step in range(3):
+            made.clear()
+            sums = objective(Models(model), objective.prepare(packed([[20, 12]]), seed=0, step=step).inputs)
+            sum(sums.values()).backward()
+            assert len(made) == 1

@@ -64,6 +64,13 @@ def test_other_families_are_refused_by_name_with_the_reason(tmp_path, kind, reas
         load_model(recipe(tmp_path))
 
 
+def test_a_family_that_transformers_does_not_have_is_refused_by_name_too(tmp_path):
+    """NBDiff's own base: its code is in its repository alone."""
+    auto = {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "PanguEmbedded", "auto_map": auto}))
+    assert "PanguEmbedded family is not supported: openPangu's own" in said(recipe(tmp_path))
+
+
 def test_rows_longer_than_a_sliding_window_are_refused(tmp_path):
     tiny.save_tiny(tmp_path / "m", "mistral", sliding_window=32)
     assert "sliding window of 32" in said(recipe(tmp_path / "m", seq_len=64))
