@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 
-from adapt.config import Resolved
+from adapt.config import Recipe, Resolved
 from adapt.distributed import checkpoint
 from adapt.distributed.world import World
 from adapt.errors import UserError
+from adapt.objectives.base import Objective
 from adapt.runfolder import RunFolder
 from adapt.train.build import build_root, build_student, facts_of, whole_student
 from adapt.train.state import State
+
+
+def decoding_fields(recipe: Recipe, objective: Objective) -> dict[str, Any]:
+    """What an export says of its decoding: the objective's contract, with the threshold of the recipe's first sampler
+    that has one."""
+    fields = objective.export_fields()
+    chosen = (getattr(sampler.config, "threshold", None) for sampler in recipe.generation.samplers)
+    threshold = next((t for t in chosen if t is not None), None)
+    return fields | {"threshold": threshold} if "threshold" in fields and threshold is not None else fields
 
 
 def export(folder: RunFolder, resolved: Resolved, model, tokenizer, results, fields: dict[str, Any], to: Path) -> Path:
@@ -61,7 +71,7 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
     state = State.from_dict(checkpoint.read_state(saved[-1]))
     checkpoint.load(saved[-1], root, None)
     model = whole_student(recipe, tokenizer, root, world)
-    fields = recipe.objective.build(facts).export_fields()
+    fields = decoding_fields(recipe, recipe.objective.build(facts))
     print(export(folder, resolved, model, tokenizer, state.results, fields, Path(to)))
     return 0
 

@@ -19,7 +19,7 @@ from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
 from adapt.runfolder import RunFolder
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
-from adapt.train.deliver import export, show_end
+from adapt.train.deliver import decoding_fields, export, show_end
 from adapt.train.hooks import Hooks
 from adapt.train.probe import dry_run, leak_probe, out_of_memory
 from adapt.train.progress import duration
@@ -293,7 +293,7 @@ class _Run:
     def _finish(self, recipe: Recipe) -> None:
         """Samples, export, report: what the user came for."""
         objective = recipe.objective.build(self.facts)
-        fields = objective.export_fields()
+        fields = decoding_fields(recipe, objective)
         self.root.student.config.update(fields)  # what samplers need to know
         if recipe.evaluation.best and self.state.best_step is not None:
             self._take_best(recipe, objective)

@@ -239,12 +239,14 @@ def test_a_run_decodes_in_plain_transformers_as_its_clean_stream_predicts(tiny_b
     from adapt.train.fit import fit
     from tests.recipes import tiny_recipe
 
-    fit(resolve(tiny_recipe(tiny_base, tmp_path, trainer={"steps": 3, "batch_tokens": 256})))
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 3, "batch_tokens": 256})
+    recipe["generation"]["samplers"] = ["ar", {"name": "block_diffusion", "threshold": 0.7}]
+    fit(resolve(recipe))
     folder = tmp_path / "runs" / "tiny" / "export"
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     config = model.config
     stated = (config.block_size, config.mask_token_id, config.prediction, config.context_mask, config.threshold)
-    assert stated == (8, 3, "shifted", "causal", 0.9)
+    assert stated == (8, 3, "shifted", "causal", 0.7)
     prompt = IDS[:, :11]
     with torch.no_grad():
         text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=13, do_sample=False)
