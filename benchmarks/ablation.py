@@ -1,7 +1,7 @@
 """What each switch of block diffusion is worth: one small AR model, eight ways to adapt it, equal clean tokens.
 
     python benchmarks/ablation.py --runs runs/ablation              # base, then arms x seeds; finished rows are skipped
-    python benchmarks/ablation.py --runs runs/ablation --fill       # measure again what has empty cells
+    python benchmarks/ablation.py --runs runs/ablation --fill       # decode finished runs that were not
     python benchmarks/ablation.py --report                          # ablation.csv -> ablation.md, ablation.png
 
 The base is a Llama of 2.2M parameters, trained from scratch by `adapt fit` (next_token) on the documentation of
@@ -27,29 +27,34 @@ sys.path.insert(0, str(HERE.parent))
 CSV = HERE / "ablation.csv"
 
 B, SEQ_LEN, BATCH_TOKENS = 16, 256, 1024
-BASE_STEPS, STEPS = 1200, 64
-GROWN = 40  # block growth, and the annealed mask, are through after 5/8 of the steps, as in NBDiff's 2500 of 4000
-GROWTH = {"name": "plateaus", "sizes": [2, 4, 8, 16], "steps": [0, GROWN // 3, 2 * GROWN // 3, GROWN]}
+BASE_STEPS, STEPS, BASE_LR, LR = 1200, 64, 3e-3, 1e-3
 SHAPE = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 5, "num_attention_heads": 5}
 SHAPE |= {"num_key_value_heads": 5, "max_position_embeddings": 512, "tie_word_embeddings": True}
 VOCABULARY = 4096
 
-PLAIN = {"name": "block_diffusion", "block_size": B, "growth": None, "ar_weight": 0.0}
-ARMS = {  # each is `plain` and what stands here
-    "plain": {},
-    "ar": {"ar_weight": 0.5},
-    "growth": {"growth": GROWTH},
-    "ar+growth": {"ar_weight": 0.5, "growth": GROWTH},
-    "block-causal": {"context": "block"},
-    "in-place": {"prediction": "inplace"},
-    "noisy-first": {"block_first": "noisy"},
-    "annealed": {"annealed": GROWN},
-    "next-token": {"name": "next_token"},  # for reference: the same clean tokens, no diffusion
-    "start": {},  # for reference: the checkpoint all arms go on from
-}
-STUDIED = list(ARMS)[:8]
-UNDECODED = {"block-causal", "in-place", "noisy-first"}
-"""Arms that are not decoded, for the sampler does not read these switches from the config yet."""
+
+def objectives(steps: int) -> dict[str, dict]:
+    plain = {"name": "block_diffusion", "block_size": B, "growth": None, "ar_weight": 0.0}
+    grown = steps * 5 // 8  # as in NBDiff's 2500 of 4000
+    growth = {"name": "plateaus", "sizes": [2, 4, 8, 16], "steps": [0, grown // 3, 2 * grown // 3, grown]}
+    return {
+        "plain": plain,
+        "ar": plain | {"ar_weight": 0.5},
+        "growth": plain | {"growth": growth},
+        "ar+growth": plain | {"ar_weight": 0.5, "growth": growth},
+        "block-causal": plain | {"context": "block"},
+        "in-place": plain | {"prediction": "inplace"},
+        "noisy-first": plain | {"block_first": "noisy"},
+        "annealed": plain | {"annealed": grown},
+        "next-token": {"name": "next_token"},  # for reference: the same clean tokens, no diffusion
+        "start": plain,  # for reference, at 0 steps: the checkpoint all arms go on from
+    }
+
+
+ARMS = list(objectives(STEPS))
+STUDIED = ARMS[:8]
+UNDECODED = {"next-token", "block-causal", "in-place", "noisy-first"}
+"""The last three because the sampler does not read these switches from the config yet; later, `--fill` adds them."""
 
 # prompts end where a block does, so no arm meets a phase it was not trained at
 ROWS, PROMPTS, PROMPT_TOKENS = 32, 48, 64
@@ -69,14 +74,13 @@ COLUMNS = ["arm", "seed", "steps", "clean_tokens", *MEASURES, *BY_T, *COST, "tor
 
 def recipe(name: str, runs: Path, *, base: Path, objective: dict, steps: int, lr: float, seed: int) -> Path:
     """Written as YAML (JSON is YAML): what `adapt fit -c` gets."""
-    source = {"name": "docstrings"}
     plan = {
         "run": {"name": name, "dir": str(runs), "seed": seed},
         "model": {"base": str(base), "conversions": [] if objective["name"] == "next_token" else ["mask_token"]},
         "data": {
             "seq_len": SEQ_LEN,
-            "train": [{"name": "docstrings", "source": source | {"split": "train"}}],
-            "eval": [{"name": "held-out", "source": source | {"split": "held-out"}}],
+            "train": [{"name": "docstrings", "source": {"name": "docstrings", "split": "train"}}],
+            "eval": [{"name": "held-out", "source": {"name": "docstrings", "split": "held-out"}}],
         },
         "objective": objective,
         "optimizer": {"name": "adamw", "lr": lr},
@@ -102,12 +106,8 @@ def make_base(runs: Path) -> None:
 
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|end|>", "<|mask|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|end|>", "<|mask|>"]
+        trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
         documents = DocstringsSource(DocstringsConfig(split="train")).documents()
         bpe.train_from_iterator((d.text for d in documents), trainer)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", mask_token="<|mask|>")
@@ -117,18 +117,18 @@ def make_base(runs: Path) -> None:
         tokenizer.save_pretrained(blank)
     if not (runs / "base" / "export" / "config.json").is_file():
         objective = {"name": "next_token"}
-        file = recipe("base", runs, base=blank, objective=objective, steps=BASE_STEPS, lr=3e-3, seed=1000)
+        file = recipe("base", runs, base=blank, objective=objective, steps=BASE_STEPS, lr=BASE_LR, seed=1000)
         subprocess.run([sys.executable, "-m", "adapt", "fit", "-c", str(file), "--resume=auto"], check=True)
 
 
-def one(arm: str, seed: int, runs: Path) -> dict[str, object]:
+def one(arm: str, seed: int, steps: int, runs: Path) -> dict[str, object]:
     """In a process of its own: train where there is no export yet, then measure."""
     import torch
 
     from adapt.cli import main
     from adapt.train.module import Stage
 
-    name, steps = f"{arm}-{seed}", 0 if arm == "start" else STEPS
+    name = f"{arm}-{seed}" + (f"-{steps}" if steps not in (0, STEPS) else "")
     folder, cost = runs / name, runs / name / "cost.json"
     if not cost.is_file():
         seconds, step, before, peak = [], Stage.training_step, [], []
@@ -141,9 +141,9 @@ def one(arm: str, seed: int, runs: Path) -> dict[str, object]:
             peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
         Stage.training_step = timed
-        objective = ARMS[arm] if "name" in ARMS[arm] else PLAIN | ARMS[arm]
-        file = recipe(name, runs, base=runs / "base/export", objective=objective, steps=steps, lr=1e-3, seed=seed)
-        if code := main(["fit", "-c", str(file)]):
+        objective = objectives(steps)[arm]
+        file = recipe(name, runs, base=runs / "base/export", objective=objective, steps=steps, lr=LR, seed=seed)
+        if code := main(["fit", "-c", str(file), "--resume=auto"]):
             sys.exit(code)
         found = [statistics.median(seconds), peak[-1], peak[-1] - before[0]] if seconds else [""] * 3
         cost.write_text(json.dumps(dict(zip(COST, found, strict=True))))
@@ -172,7 +172,7 @@ def measure(arm: str, folder: Path, runs: Path) -> dict[str, float]:
     found = runner.evaluate(verb.choices(suites, own), context)
     keys = {"ar_ce": "ar_loss/held-out", "masked_ce": f"masked_ce/held-out/b{B}", "elbo": f"elbo/held-out/b{B}"} | BY_T
     row = {column: found[key] for column, key in keys.items() if key in found}
-    if arm not in UNDECODED | {"next-token"}:
+    if arm not in UNDECODED:
         start = opened if arm == "start" else open_model(str(runs / "start-0"))
         row |= decode(opened.model, start.model, context)
     return row
@@ -218,78 +218,78 @@ def write(rows: list[dict]) -> None:
 
 
 def report(rows: list[dict[str, str]]) -> None:
-    """Table into ablation.md (between its two marks; the text around it is written by hand), dots into ablation.png."""
+    """Tables into ablation.md (between its two marks; the text around is written by hand), dots into ablation.png."""
     import matplotlib.pyplot as plt
 
-    columns = MEASURES | COST
-    values = {
-        (arm, key): [float(r[key]) for r in rows if r["arm"] == arm and r[key]] for arm in ARMS for key in columns
-    }
-    lines = [f"| arm | seeds | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
-    for arm in ARMS:
-        cells = [summary(values[arm, key], 3 if key in MEASURES else 0 if "mib" in key else 2) for key in columns]
-        lines.append(f"| {arm} | {len(values[arm, 'ar_ce'])} | {' | '.join(cells)} |")
-    page = HERE / "ablation.md"
-    before, mark, rest = page.read_text().partition("<!-- table -->\n")
-    page.write_text(before + mark + "\n".join(lines) + "\n" + rest[rest.index("<!-- /table -->") :])
+    columns, budgets = MEASURES | COST, sorted({int(r["steps"]) for r in rows} - {0})
 
-    shown = ["masked_ce", "elbo", "ar_ce", "tokens_per_forward"]
-    figure, axes = plt.subplots(1, len(shown), figsize=(11, 3.2), sharey=True, layout="constrained")
+    def found(steps: int, arm: str, key: str) -> list[float]:
+        return [float(r[key]) for r in rows if r["arm"] == arm and r["steps"] in (str(steps), "0") and r[key]]
+
+    lines = []
+    for steps in budgets:
+        lines += ["", f"{steps} steps, {steps * BATCH_TOKENS:,} clean tokens:", ""]
+        lines += [f"| arm | seeds | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
+        for arm in (a for a in ARMS if found(steps, a, "ar_ce")):
+            cells = [summary(found(steps, arm, k), 3 if k in MEASURES else 0 if "mib" in k else 2) for k in columns]
+            lines.append(f"| {arm} | {len(found(steps, arm, 'ar_ce'))} | {' | '.join(cells)} |")
+    page = HERE / "ablation.md"
+    before, mark, rest = page.read_text().partition("<!-- tables -->\n")
+    page.write_text(before + mark + "\n".join(lines) + "\n\n" + rest[rest.index("<!-- /tables -->") :])
+
+    shown = ["masked_ce", "elbo", "ar_ce", "match_own"]
+    figure, axes = plt.subplots(1, len(shown), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axis, key in zip(axes, shown, strict=True):
         for y, arm in enumerate(STUDIED):
-            found = values[arm, key]
-            axis.plot(found, [y] * len(found), "o", color="tab:blue", alpha=0.5, markersize=5)
-            axis.plot(found and [statistics.mean(found)], [y] * bool(found), "k|", markersize=13, markeredgewidth=2)
-            if not found:
-                axis.text(
-                    0.5, y, "not measured", transform=axis.get_yaxis_transform(), ha="center", va="center", color="gray"
-                )
-        if key in ("ar_ce", "tokens_per_forward") and values["start", key]:
-            axis.axvline(values["start", key][0], color="tab:red", linestyle="--", linewidth=1, label="start")
-            axis.legend(fontsize=8)
-        axis.set_title(MEASURES[key] + (" (higher: better)" if key == shown[-1] else ""), fontsize=10)
+            for color, steps in zip(("tab:blue", "tab:orange", "tab:green"), budgets, strict=False):
+                dots = found(steps, arm, key)
+                axis.plot(dots, [y] * len(dots), "o", color=color, alpha=0.6, label="" if y else f"{steps} steps")
+            if not found(budgets[0], arm, key):
+                axis.text(0.5, y, "not measured", transform=axis.get_yaxis_transform(), ha="center", color="gray")
+        axis.axvline(found(0, "start", key)[0], color="gray", linestyle="--", linewidth=1, label="start")
+        axis.set_title(MEASURES[key] + (" (more is better)" if key == "match_own" else ""), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(STUDIED)), STUDIED)
-    axes[0].invert_yaxis()
+    axes[0].set(yticks=range(len(STUDIED)), yticklabels=STUDIED, ylim=(len(STUDIED) - 0.5, -0.5))
+    axes[0].legend(fontsize=8)
     figure.savefig(HERE / "ablation.png", dpi=90)
 
 
 def summary(values: list[float], digits: int) -> str:
-    if not values:
-        return "–"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else "–"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where run folders go")
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH_TOKENS} clean tokens, for every arm")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--fill", action="store_true", help="measure finished runs again that have empty cells")
+    parser.add_argument("--fill", action="store_true", help="measure finished runs again that were not decoded")
     parser.add_argument("--report", action="store_true", help="write the table and the plot; run nothing")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.runs = args.runs.absolute()
     if args.child:
-        print("RESULT " + json.dumps(one(args.child[0], int(args.child[1]), args.runs)))
+        print("RESULT " + json.dumps(one(args.child[0], *map(int, args.child[1:]), args.runs)))
         return
     if args.report:
         return report(finished())
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     make_base(args.runs)
-    wanted = [("start", 0)] if "start" in args.arms else []
-    wanted += [(arm, seed) for seed in args.seeds for arm in args.arms if arm != "start"]  # a whole round per seed
-    for arm, seed in wanted:
+    wanted = [("start", "0", "0")] if "start" in args.arms else []
+    studied = [arm for arm in args.arms if arm != "start"]
+    wanted += [(arm, str(seed), str(args.steps)) for seed in args.seeds for arm in studied]  # a whole round per seed
+    for run in wanted:
         rows = finished()
-        place = next((i for i, r in enumerate(rows) if (r["arm"], r["seed"]) == (arm, str(seed))), len(rows))
-        if place < len(rows) and not (args.fill and "" in rows[place].values()):
+        place = next((i for i, r in enumerate(rows) if (r["arm"], r["seed"], r["steps"]) == run), len(rows))
+        if place < len(rows) and not (args.fill and rows[place]["match_own"] == "" and run[0] not in UNDECODED):
             continue
-        command = [sys.executable, __file__, "--runs", str(args.runs), "--child", arm, str(seed)]
+        command = [sys.executable, __file__, "--runs", str(args.runs), "--child", *run]
         out = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
-            sys.exit(f"{arm}, seed {seed} failed:\n{out.stdout[-1500:]}\n{out.stderr[-3000:]}")
+            sys.exit(f"{' '.join(run)} failed:\n{out.stdout[-1500:]}\n{out.stderr[-3000:]}")
         rows[place : place + 1] = [json.loads(lines[-1][7:])]
         write(rows)
         print(*(f"{k}={v:.4g}" if isinstance(v, float) else v for k, v in rows[place].items()), flush=True)
