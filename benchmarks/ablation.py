@@ -89,8 +89,7 @@ def recipe(name: str, runs: Path, *, base: Path, objective: dict, steps: int, lr
         "logging": {"tensorboard": False},
         "export": {"dtype": "float32"},
     }
-    file = runs / f"{name}.yaml"
-    file.write_text(json.dumps(plan, indent=1))
+    (file := runs / f"{name}.yaml").write_text(json.dumps(plan, indent=1))
     return file
 
 
@@ -237,7 +236,7 @@ def report(rows: list[dict[str, str]]) -> None:
     before, mark, rest = page.read_text().partition("<!-- tables -->\n")
     page.write_text(before + mark + "\n".join(lines) + "\n\n" + rest[rest.index("<!-- /tables -->") :])
 
-    shown = ["masked_ce", "elbo", "ar_ce", "match_own"]
+    shown = ["masked_ce", "elbo", "ar_ce", "match_start"]
     figure, axes = plt.subplots(1, len(shown), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axis, key in zip(axes, shown, strict=True):
         for y, arm in enumerate(STUDIED):
@@ -245,12 +244,13 @@ def report(rows: list[dict[str, str]]) -> None:
                 dots = found(steps, arm, key)
                 axis.plot(dots, [y] * len(dots), "o", color=color, alpha=0.6, label="" if y else f"{steps} steps")
             if not found(budgets[0], arm, key):
-                axis.text(0.5, y, "not measured", transform=axis.get_yaxis_transform(), ha="center", color="gray")
+                where = axis.get_yaxis_transform()
+                axis.text(0.5, y, "not measured", transform=where, ha="center", va="center", color="gray")
         axis.axvline(found(0, "start", key)[0], color="gray", linestyle="--", linewidth=1, label="start")
-        axis.set_title(MEASURES[key] + (" (more is better)" if key == "match_own" else ""), fontsize=10)
+        axis.set_title(MEASURES[key] + (" (more is better)" if key == "match_start" else ""), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set(yticks=range(len(STUDIED)), yticklabels=STUDIED, ylim=(len(STUDIED) - 0.5, -0.5))
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(HERE / "ablation.png", dpi=90)
 
 
