@@ -53,8 +53,7 @@ def objectives(steps: int) -> dict[str, dict]:
 
 ARMS = list(objectives(STEPS))
 STUDIED = ARMS[:8]
-UNDECODED = {"next-token", "block-causal", "in-place", "noisy-first"}
-"""The last three because the sampler does not read these switches from the config yet; later, `--fill` adds them."""
+UNDECODED = {"next-token"}
 
 # prompts end where a block does, so no arm meets a phase it was not trained at
 ROWS, PROMPTS, PROMPT_TOKENS = 32, 48, 64
