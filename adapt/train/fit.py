@@ -381,5 +381,6 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of a single process
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("adapt").setLevel(logging.INFO)

@@ -274,3 +274,58 @@ def test_who_sees_whom(documents, b, prompt, phase, context, complementary):
             else:
                 expected = not streams[k] and (number[j] <= number[i] if context == "block" else pos[j] <= pos[i])
             assert bool(dense[q, k]) == expected
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    documents=st.lists(st.integers(1, 14), min_size=1, max_size=3),
+    b=st.sampled_from([1, 2, 4, 8]),
+    prompt=st.integers(0, 5),
+    phase=st.sampled_from(["zero", "random", "response"]),
+    seed=st.integers(0, 99),
+)
+def test_clean_stream_is_plain_ar_for_every_draw(documents, b, prompt, phase, seed):
+    """Invariant 1: with a causal context the clean copy's states are those of each document alone, whatever the block
+    size, phase and masks; with a block-causal one they differ wherever a block has a second token."""
+    model = attention.use(tiny.tiny_model(dtype=torch.float64))
+    batch = packed([[*documents, 9]], prompt=prompt)
+    length = batch.input_ids.shape[1]
+
+    def clean(context):
+        goal = objective(block_size=b, phase=phase, context=context, ar_weight=0.0, block_first="noisy")
+        inputs = goal.prepare(batch, seed=seed, step=0).inputs
+        states = attention.hidden_states(model, inputs["input_ids"], inputs["position_ids"], inputs["layout"])
+        return states[:, -length:]
+
+    with torch.no_grad():
+        start, alone = 0, []
+        for size in [*documents, 9]:
+            alone.append(model.model(batch.input_ids[:, start : start + size]).last_hidden_state)
+            start += size
+        torch.testing.assert_close(clean("causal"), torch.cat(alone, 1), atol=1e-13, rtol=0)  # sums in another order
+        differs = (clean("block") - torch.cat(alone, 1)).abs().max() > 1e-6
+    assert differs == (b > 1)
+
+
+@pytest.mark.parametrize("context", ["causal", "block"])
+def test_noisy_limits_of_both_contexts(context):
+    """Invariant 2: b = 1 and nothing hidden: the noisy copy is the AR forward; b >= the document: it is the
+    bidirectional one."""
+    from adapt.objectives.masking import Mask
+
+    model = attention.use(tiny.tiny_model(dtype=torch.float64))
+    batch = packed([[13]])
+    nothing = Mask(torch.zeros(1, 13, dtype=torch.bool), torch.ones(1, 13))
+    something = Mask(batch.labels == int(batch.input_ids[0, 5]), torch.ones(1, 13))
+    for b, mask in ((1, torch.ones(13, 13).tril().bool()), (16, torch.ones(13, 13, dtype=torch.bool))):
+        goal = objective(block_size=b, context=context, ar_weight=0.0, block_first="noisy")
+        inputs = goal.lay_out(batch, Blocks.of(batch, b, "zero", 0), [something], size=b).inputs
+        ids = inputs["input_ids"].clone()
+        ids[:, :13] = batch.input_ids  # x~ = x
+        with torch.no_grad():
+            attention.use(model)
+            noisy = attention.hidden_states(model, ids, inputs["position_ids"], inputs["layout"])[:, :13]
+            model.set_attn_implementation("sdpa")
+            plain = model.model(batch.input_ids, attention_mask=mask[None, None]).last_hidden_state
+        torch.testing.assert_close(noisy, plain, atol=1e-13, rtol=0)
+    assert not goal.lay_out(batch, Blocks.of(batch, 1, "zero", 0), [nothing], size=1).inputs["masked/target"].numel()
