@@ -78,23 +78,18 @@ def choices(names: str | None, recipe: Recipe):
 
 
 def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | None) -> EvalContext:
-    import torch
+    from functools import partial
 
     from adapt.evaluate.context import EvalContext
     from adapt.generation.contract import Contract
     from adapt.models import attention
     from adapt.objectives.base import Facts
-    from adapt.train.root import Root
+    from adapt.train.root import Root, look
 
     model = attention.use(opened.model)
     root = Root(model).eval()
-
-    def call(fn, *args):
-        with torch.no_grad():
-            return root(fn, *args)
-
     return EvalContext(
-        call=call,
+        call=partial(look, root),
         tokenizer=opened.tokenizer,
         eval_sets=held_out(recipe, opened.tokenizer, recipe.evaluation.limit if limit is None else limit),
         facts=Facts(mask_token_id=getattr(model.config, "mask_token_id", None), attention=recipe.model.attention),

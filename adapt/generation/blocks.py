@@ -91,7 +91,7 @@ class Cached:
 
         self.model, self.size, self.mask_id = model, contract.block_size, contract.mask_token_id
         self.shift = int(contract.prediction == "shifted")
-        self.from_head = contract.prediction == "shifted" or contract.block_first == "ar"
+        self.from_head = contract.head_first
         self.noisy_causal = contract.noisy_attention == "causal"
         self.cache = DynamicCache()
         lengths = [self.whole(len(r.prompt)) for r in rows]
