@@ -26,6 +26,11 @@ schedules = Registry(
 sources = Registry(
     "source", "adapt.data.sources", "Where documents come from: config -> Source; read by data preparation."
 )
+cleaners = Registry(
+    "cleaner",
+    "adapt.data.cleaning",
+    "What is done to a document before it is tokenised: config -> Cleaner; called by data preparation, in order.",
+)
 suites = Registry(
     "suite",
     "adapt.evaluate.suites",
@@ -63,6 +68,10 @@ class ScheduleChoice(Selection):
 
 class SourceChoice(Selection):
     registry = sources
+
+
+class CleanerChoice(Selection):
+    registry = cleaners
 
 
 class SuiteChoice(Selection):
