@@ -156,7 +156,7 @@ def _open(recipe: Recipe, offline: bool, report: Report) -> list[Problem]:
         try:
             if offline:
                 raise NotReachable("")
-            source.fingerprint()
+            getattr(source, "check", source.fingerprint)()
         except NotReachable as error:
             if not offline and not recipe.model.arch:  # a stated shape is for planning where the Hub is not
                 found += [Problem(where, p.what) for p in error.problems]

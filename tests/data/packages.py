@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -86,3 +89,64 @@ def lookup_files() -> dict[str, str]:
         "tactics": [{"stix_id": "x-mitre-tactic--1", "name": "Credential Access", "shortname": "credential-access"}],
     }
     return {f"lookup/data/{name}.json": json.dumps({"_metadata": {}, name: v}) for name, v in files.items()}
+
+
+def make_deb(
+    folder: Path, package: str, version: str, members: dict[str, bytes | tarfile.TarInfo], packing: str = "xz"
+) -> Path:
+    """A .deb with these files (bytes) and other members (links, devices) in it."""
+    control = {
+        "control": f"Package: {package}\nVersion: {version}\nArchitecture: all\nDescription: made up\n more\n".encode()
+    }
+    parts = {
+        "debian-binary": b"2.0\n",
+        "control.tar.xz": make_tar(control, "xz"),
+        f"data.tar.{packing}": make_tar(members, packing),
+    }
+    archive = b"!<arch>\n"
+    for name, data in parts.items():
+        archive += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+        )
+    deb = folder / f"{package}_{version}_all.deb"
+    deb.write_bytes(archive)
+    return deb
+
+
+def make_tar(members: dict[str, bytes | tarfile.TarInfo], packing: str) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=f"w:{packing}") as tar:
+        for name, contents in members.items():
+            if isinstance(contents, tarfile.TarInfo):
+                tar.addfile(contents)
+                continue
+            info = tarfile.TarInfo(f"./{name}" if not name.startswith(("/", ".")) else name)
+            info.size = len(contents)
+            tar.addfile(info, io.BytesIO(contents))
+    return out.getvalue()
+
+
+def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def make_archive(folder: Path, *debs: Path, suite: str = "bookworm", sha: str | None = None) -> str:
+    """A Debian archive of these packages, as an address; `sha`: what its index states instead of the truth."""
+    paragraphs = []
+    for deb in debs:
+        package, version, _ = deb.name.split("_")
+        pool = folder / "pool" / deb.name
+        pool.parent.mkdir(parents=True, exist_ok=True)
+        pool.write_bytes(deb.read_bytes())
+        paragraphs.append(
+            f"Package: {package}\nVersion: {version}\nDescription: x\n y\nFilename: pool/{deb.name}\n"
+            f"SHA256: {sha or sha256(deb)}\n"
+        )
+    for architecture, contents in (("all", paragraphs), ("amd64", [])):
+        index = folder / "dists" / suite / "main" / f"binary-{architecture}" / "Packages.xz"
+        index.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(["Package: other\nVersion: 1\nFilename: x\nSHA256: 0\n", *contents])
+        index.write_bytes(lzma.compress(text.encode()))
+    return folder.as_uri()
