@@ -1,0 +1,85 @@
+"""Text as it was meant: mojibake undone, composed characters (NFC), no control characters.
+
+ftfy (Speer 2019) finds text that was decoded with the wrong charset. Typographic quotes, ligatures and full-width forms are
+text, not damage, and stay.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+from adapt.components import cleaners
+from adapt.data.cleaning.base import map_strings
+from adapt.data.documents import Document
+
+PLAIN = re.compile(r"[\n\t -~]*")
+INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
+"""Soft hyphens, zero-width spaces, byte-order marks, annotations. Joiners stay: some scripts need them."""
+ROUNDS = 8
+"""One repair may reveal another; it has never taken more than three."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnicodeConfig:
+    mojibake: bool = True
+    """Undo decoding with the wrong charset ("Ã©" for "é")."""
+    form: str | None = "NFC"
+    """Unicode normalisation form (NFC, NFKC); null: as it comes."""
+
+    def __post_init__(self) -> None:
+        if self.form not in (None, "NFC", "NFKC", "NFD", "NFKD"):
+            raise ValueError(f"form={self.form!r} is none of NFC, NFKC, NFD, NFKD, null")
+
+
+class Unicode:
+    sequential = False
+
+    def __init__(self, config: UnicodeConfig):
+        self.config = config
+
+    def __call__(self, document: Document) -> Document | str:
+        return map_strings(document, self.repair)
+
+    def repair(self, text: str) -> str:
+        if PLAIN.fullmatch(text):
+            return text
+        for _ in range(ROUNDS):
+            repaired = self._once(text)
+            if repaired == text:
+                break
+            text = repaired
+        return text
+
+    def _once(self, text: str) -> str:
+        import ftfy
+
+        text = ftfy.fix_text(INVISIBLE.sub("", text), _options(self.config.mojibake))
+        text = text.replace("\x0b", "\n").replace("\x0c", "\n")
+        return unicodedata.normalize(self.config.form, text) if self.config.form else text
+
+
+@cache
+def _options(mojibake: bool):
+    import ftfy
+
+    return ftfy.TextFixerConfig(
+        unescape_html=False,
+        fix_encoding=mojibake,
+        restore_byte_a0=mojibake,
+        replace_lossy_sequences=mojibake,
+        decode_inconsistent_utf8=mojibake,
+        fix_c1_controls=mojibake,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        normalization=None,
+        explain=False,
+    )
+
+
+@cleaners.register("unicode")
+def unicode(config: UnicodeConfig) -> Unicode:
+    return Unicode(config)
