@@ -10,6 +10,7 @@ from typing import Literal
 from adapt.components import cleaners
 from adapt.data.cleaning.base import whole_text
 from adapt.data.documents import Document
+from adapt.errors import UserError
 
 SAMPLE = 5000
 """Characters of a document that are looked at: more do not change the verdict."""
@@ -34,11 +35,6 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if not self.keep:
             raise ValueError("keep is empty: no document would be left")
-        known = _known()
-        for name in ("keep", "among"):
-            unknown = [code for code in getattr(self, name) or () if code not in known]
-            if unknown:
-                raise ValueError(f"{name}: {unknown[0]!r} is not known; known: {', '.join(sorted(known))}")
         if self.among is not None and not set(self.keep) <= set(self.among):
             raise ValueError("among must contain every language of keep")
         if not 0 <= self.min_probability <= 1:
@@ -50,6 +46,13 @@ class Language:
 
     def __init__(self, config: LanguageConfig):
         self.config = config
+        known = list(map(str, _identifier(None).labels))  # loads the model: 1 s, so not when a recipe is read
+        for name in ("keep", "among"):
+            unknown = [code for code in getattr(config, name) or () if code not in known]
+            if unknown:
+                raise UserError(
+                    f"language: {name} has {unknown[0]!r}, which is not known; known: {', '.join(sorted(known))}"
+                )
 
     def __call__(self, document: Document) -> Document | str:
         c = self.config
@@ -89,11 +92,6 @@ def _identifier(among: tuple[str, ...] | None):
     if among is not None:
         identifier.set_languages(list(among))
     return identifier
-
-
-@cache
-def _known() -> frozenset[str]:
-    return frozenset(map(str, _identifier(None).labels))
 
 
 @cleaners.register("language")

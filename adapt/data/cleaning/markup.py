@@ -14,6 +14,7 @@ from adapt.data.documents import Document
 PAGE = re.compile(
     r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL
 )
+LINK = re.compile(r"(?<!!)\[([^\[\]\n]+)\]\((?:https?://|/|#|\.)[^()\s]*\)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class MarkupConfig:
     kind: Literal["auto", "html", "man", "none"] = "auto"
     """`html`, `man`: every text is of that kind. `auto`: as the source says (`meta["media"]`), or else by how the text
     begins; plain text stays as it is. `none`: leave everything as it is."""
+    links: bool = True
+    """Of Markdown links in plain text keep the words alone."""
 
 
 class Markup:
@@ -31,12 +34,16 @@ class Markup:
 
     def __call__(self, document: Document) -> Document | str:
         stated = document.meta.get("media") if self.config.kind == "auto" else self.config.kind
-        changed = map_strings(document, lambda text: convert(text, stated))
+        changed = map_strings(document, lambda text: self._convert(text, stated))
         if changed is document:
             return document
         if not any(text.strip() for text in changed.strings()):
             return "no text in the markup"
         return dataclasses.replace(changed, meta=changed.meta | {"media": "text"})
+
+    def _convert(self, text: str, kind: str | None) -> str:
+        text = convert(text, kind)
+        return LINK.sub(r"\1", text) if self.config.links and kind != "none" and "](" in text else text
 
 
 def convert(text: str, kind: str | None) -> str:
