@@ -26,6 +26,11 @@ schedules = Registry(
 sources = Registry(
     "source", "adapt.data.sources", "Where documents come from: config -> Source; read by data preparation."
 )
+cleaners = Registry(
+    "cleaner",
+    "adapt.data.cleaning",
+    "A step of cleaning: config -> Cleaner; applied in order to every document of a dataset.",
+)
 suites = Registry(
     "suite",
     "adapt.evaluate.suites",
@@ -63,6 +68,10 @@ class ScheduleChoice(Selection):
 
 class SourceChoice(Selection):
     registry = sources
+
+
+class CleanerChoice(Selection):
+    registry = cleaners
 
 
 class SuiteChoice(Selection):
