@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from adapt.components import (
+    CleanerChoice,
     ConversionChoice,
     ObjectiveChoice,
     OptimizerChoice,
@@ -66,6 +67,11 @@ class Dataset:
     """Share of the training tokens relative to the other entries (exact fractions, no sampling)."""
     max_tokens: int | None = None
     """Stop reading the source after this many tokens."""
+    clean: tuple[CleanerChoice, ...] = ()
+    """Cleaning steps, in order (see adapt/data/cleaning)."""
+    document_weight: str | None = None
+    """How often a document is read relative to others: an expression over its record's other fields, such as
+    `"2 if domain == 'clinical' else 1"`. Null: all alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,11 @@ class Data:
     """Drop documents whose normalised text was seen before (within a dataset, and training ones found in eval)."""
     near_dedup: float | None = None
     """Drop documents whose estimated Jaccard similarity (5-word shingles) to an earlier one exceeds this; null: off."""
+    decontaminate: int | None = 13
+    """Drop training documents that share a run of this many words with the held-out sets or with what the evaluation
+    suites ask (shorter held-out documents: as a whole). Null: off."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes that clean and tokenise. `auto`: one per usable CPU; 1: none besides this one. The result is the same."""
     max_bad_lines: float = 0.001
     """Fraction of malformed JSONL lines tolerated (listed in the manifest) before preparation fails."""
     cache: str | None = None

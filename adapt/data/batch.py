@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-PAD, CONTEXT, TARGET = 0, 1, 2
-"""Values of `role`: padding, text that is given (prompts), text that is learned (answers; all of plain text)."""
+from adapt.data.roles import CONTEXT, PAD, TARGET
+
+__all__ = ["CONTEXT", "PAD", "TARGET", "Batch"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,46 +38,57 @@ class Deduplicator:
         """Of the documents kept, for the training data to be compared with."""
         self.signatures: list[np.ndarray] = []
         self._seen: set[int] = set()
-        self._held_out: set[int] = set()
-        self._num_held_out = 0
+        self._held_out: dict[int, str] = {}
+        self._held_out_signatures: list[str] = []
+        """Which set each of the first signatures is of."""
         if near is not None:
             from datasketch import MinHashLSH
 
             self._index = MinHashLSH(threshold=near, num_perm=PERMUTATIONS)
 
-    def hold_out(self, hashes: np.ndarray, signatures: np.ndarray | None) -> None:
-        """Documents of held-out data, which must not be trained on. Called before the first `reason`."""
+    def hold_out(self, label: str, hashes: np.ndarray, signatures: np.ndarray | None) -> None:
+        """Documents of held-out data, which must not be trained on. Called before the first `reason` or `restore`."""
         if self.exact:
-            self._held_out.update(hashes.tolist())
+            self._held_out.update(dict.fromkeys(hashes.tolist(), label))
         if self.near is not None and signatures is not None:
             for signature in signatures:
                 self._remember(np.asarray(signature))
-            self._num_held_out = len(self.signatures)
+            self._held_out_signatures += [label] * len(signatures)
 
-    def reason(self, document: Document) -> str | None:
-        """Why to drop it; None: it is new, and remembered from now on."""
-        text = normalised(document)
-        key = text_hash(text)
-        if self.exact and key in self._held_out:
-            return HELD_OUT
+    def restore(self, hashes: np.ndarray, signatures: np.ndarray | None) -> None:
+        """Go on after documents that were kept in an interrupted run."""
+        self.hashes.extend(hashes.tolist())
+        if self.exact:
+            self._seen.update(self.hashes)
+        if self.near is not None and signatures is not None:
+            for signature in signatures:
+                self._remember(np.array(signature))
+
+    def reason(self, key: int, signature: np.ndarray | None) -> str | None:
+        """Why to drop the document with this hash and signature; None: it is new, and remembered from now on."""
+        if key in self._held_out:
+            return held_out(self._held_out[key])
         if self.exact and key in self._seen:
             return EXACT
         if self.near is not None:
-            signature = minhash(text)
             closest = self._closest(signature)
             if closest is not None:
-                return HELD_OUT if closest < self._num_held_out else NEAR
+                sets = self._held_out_signatures
+                return held_out(sets[closest]) if closest < len(sets) else NEAR
             self._remember(signature)
         if self.exact:
             self._seen.add(key)
         self.hashes.append(key)
         return None
 
-    def own_signatures(self) -> np.ndarray | None:
+    def kept(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Hashes [n] and signatures [n, 128] of documents kept, by number."""
+        hashes = np.array(self.hashes[start:stop], np.uint64)
         if self.near is None:
-            return None
-        own = self.signatures[self._num_held_out :]
-        return np.stack(own) if own else np.empty((0, PERMUTATIONS), np.uint32)
+            return hashes, None
+        first = len(self._held_out_signatures)
+        own = self.signatures[first + start : first + stop]
+        return hashes, np.stack(own) if own else np.empty((0, PERMUTATIONS), np.uint32)
 
     def _closest(self, signature: np.ndarray) -> int | None:
         """Number of the lowest remembered document that is at least `near` similar."""
@@ -88,6 +99,10 @@ class Deduplicator:
     def _remember(self, signature: np.ndarray) -> None:
         self._index.insert(len(self.signatures), _as_minhash(signature))
         self.signatures.append(signature)
+
+
+def held_out(label: str) -> str:
+    return f"{HELD_OUT} ({label})"
 
 
 def minhash(text: str) -> np.ndarray:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from adapt.data.batch import CONTEXT, TARGET
 from adapt.data.chat import BadConversation, Chat
 from adapt.data.documents import BadRecord, Document, Messages
+from adapt.data.plain_text import PlainText, through
+from adapt.data.roles import CONTEXT, TARGET
 from adapt.errors import UserError
 
 
@@ -19,7 +21,7 @@ from adapt.errors import UserError
 class Encoded:
     """A sequence of tokens. Of a preference pair there are two, chosen first."""
 
-    tokens: list[int]
+    tokens: Sequence[int] | np.ndarray
     roles: list[int] | None
     """CONTEXT or TARGET per token; None: all TARGET."""
     num_bytes: int
@@ -47,12 +49,16 @@ class Encoder:
         self.tokenizer = tokenizer
         # Documents may be longer than the model's positions (rows cut them), so that warning says nothing here.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.pad_id = next((i for i in (pad, eos) if i is not None), 0)
         self.has_template = bool(tokenizer.chat_template)
         self.chat = Chat(tokenizer)
+        self.plain = PlainText(tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
 
     def encode(self, documents: list[Document]) -> Iterator[list[Encoded] | BadRecord]:
         """In order; plain texts are tokenised together, which is several times faster."""
@@ -61,8 +67,7 @@ class Encoder:
         for document in documents:
             try:
                 if document.text is not None:
-                    tokens = self._ended(next(plain))
-                    yield [Encoded(tokens, None, len(document.text.encode()))]
+                    yield [of_text(self.plain, document.text, next(plain))]
                 else:
                     yield list(self._sequences(document))
             except BadConversation as error:
@@ -85,13 +90,13 @@ class Encoder:
             answer = {"role": "assistant", "content": response}
             return self._chat([*_as_messages(prompt), answer], last_only=True)
         # Tokenised apart, because at inference the prompt's tokens are fixed before there is an answer.
-        given = self._ids([prompt])[0]
+        given = list(self._ids([prompt])[0])
         eos = self.tokenizer.eos_token_id
         while given and given[-1] == eos and len(given) > 1:  # some tokenizers end every text with it
             given.pop()
-        learned = self._ended(self._ids([response], special=False)[0])
+        learned = self.plain.ended(self._ids([response], special=False)[0])
         roles = [CONTEXT] * len(given) + [TARGET] * len(learned)
-        return Encoded(given + learned, roles, len(response.encode()))
+        return Encoded([*given, *learned], roles, len(response.encode()))
 
     def _chat(self, messages: Messages, last_only: bool = False) -> Encoded:
         if not self.has_template:
@@ -110,15 +115,12 @@ class Encoder:
         num_bytes = sum(len(a.encode()) for a in (answers[-1:] if last_only else answers))
         return Encoded(tokens, [TARGET if m else CONTEXT for m in mask], num_bytes)
 
-    def _ids(self, texts: list[str], special: bool = True) -> list[list[int]]:
-        """`split_special_tokens`: a document that mentions `<|endoftext|>` does not end there."""
-        return self.tokenizer(
-            texts, add_special_tokens=special, return_attention_mask=False, split_special_tokens=True
-        )["input_ids"]
+    def _ids(self, texts: list[str], special: bool = True) -> list[Sequence[int]]:
+        return self.plain.ids(texts, special) if self.plain.is_fast else through(self.tokenizer, texts, special)
 
-    def _ended(self, tokens: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return tokens if eos is None or not tokens or tokens[-1] == eos else [*tokens, eos]
+
+def of_text(plain: PlainText, text: str, ids: Sequence[int]) -> Encoded:
+    return Encoded(plain.ended(ids), None, len(text.encode()))
 
 
 def _as_messages(prompt: str | Messages | None) -> Messages:

@@ -1,6 +1,7 @@
-"""Datasets of a recipe -> token shards in the cache: read, deduplicated, tokenised, written; or found there, finished.
+"""Datasets of a recipe -> token shards in the cache: read, cleaned, tokenised, written; or found there, finished.
 
-Only one process may write a set of shards (a lock file sees to it); a second one finds it done.
+Only one process may write a set of shards (a lock file sees to it); a second one finds it done. What an interrupted one
+left is gone on with.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapt.components import SourceChoice
 from adapt.config.schema import Data, Dataset, Recipe
 from adapt.data.build import Options, build, check_bad_lines
 from adapt.data.cache import cache_folder
+from adapt.data.dedup import HELD_OUT
 from adapt.data.documents import Source
 from adapt.data.encode import Encoder
+from adapt.data.held_out import HeldOut, of_shards, suite_sources, write_ngrams
+from adapt.data.journal import NAME as JOURNAL
 from adapt.data.shards import TokenShards
 from adapt.errors import Problem, UserError
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache key: raise it when what is written changes."""
 log = logging.getLogger("adapt.data")
 
@@ -58,17 +62,16 @@ def prepare(recipe: Recipe, tokenizer: Any, *, train: bool = True, progress: boo
     data = recipe.data
     held_out, training = open_sources(data, train=train)
     encoder = Encoder(tokenizer)
+    run = _Run(data, encoder, progress)
     evaluated = {}
     for where, dataset, source in held_out:
-        options = Options(data.exact_dedup, data.near_dedup, dataset.max_tokens, data.max_bad_lines)
-        evaluated[dataset.name or source.label] = _shards(
-            where, dataset, source, encoder, options, (), data.cache, progress
-        )
-    trained = []
-    for where, dataset, source in training:
-        options = Options(data.exact_dedup, data.near_dedup, dataset.max_tokens, data.max_bad_lines)
-        against = tuple(evaluated.values()) if data.exact_dedup or data.near_dedup is not None else ()
-        trained.append(_shards(where, dataset, source, encoder, options, against, data.cache, progress))
+        evaluated[dataset.name or source.label] = run.shards(where, dataset, source, (), is_held_out=True)
+    against: list[HeldOut] = []
+    if training and (data.exact_dedup or data.near_dedup is not None or data.decontaminate is not None):
+        against += [of_shards(label, shards) for label, shards in evaluated.items()]
+    if training and data.decontaminate is not None:
+        against += [run.ngrams(where, choice) for where, choice in suite_sources(recipe)]
+    trained = [run.shards(where, dataset, source, tuple(against)) for where, dataset, source in training]
     prepared = Prepared(trained, evaluated)
     _refuse_other_forms(recipe, prepared)
     return prepared
@@ -122,50 +125,89 @@ def open_sources(data: Data, *, train: bool = True) -> tuple[Opened, Opened]:
     return opened["eval"], opened["train"]
 
 
-def _shards(
-    where: str,
-    dataset: Dataset,
-    source: Source,
-    encoder: Encoder,
-    options: Options,
-    against: Iterable[TokenShards],
-    cache: str | None,
-    progress: bool,
-) -> TokenShards:
-    """The finished shards of one dataset, from the cache or built now."""
-    from adapt.config.decode import encode
+class _Run:
+    def __init__(self, data: Data, encoder: Encoder, progress: bool):
+        self.data, self.encoder, self.progress = data, encoder, progress
 
-    label = dataset.name or source.label
-    try:
-        facts = {
-            "format": FORMAT,
-            "source": encode(dataset.source),
-            "source_fingerprint": source.fingerprint(),
-            "tokenizer": encoder.fingerprint,
-            "options": options.key(),
-            "against": [s.fingerprint for s in against],
-        }
+    def shards(
+        self, where: str, dataset: Dataset, source: Source, against: tuple[HeldOut, ...], is_held_out: bool = False
+    ) -> TokenShards:
+        """The finished shards of one dataset, from the cache or built now."""
+        from adapt.config.decode import encode
+
+        data, label = self.data, dataset.name or source.label
+        options = Options(
+            clean=(*getattr(source, "clean", ()), *dataset.clean),
+            exact_dedup=data.exact_dedup,
+            near_dedup=data.near_dedup,
+            decontaminate=data.decontaminate if is_held_out or against else None,
+            is_held_out=is_held_out,
+            document_weight=dataset.document_weight,
+            max_tokens=dataset.max_tokens,
+            max_bad_lines=data.max_bad_lines,
+            workers=data.workers,
+        )
+        with _named(where):
+            facts = {
+                "format": FORMAT,
+                "source": encode(dataset.source),
+                "source_fingerprint": source.fingerprint(),
+                "tokenizer": self.encoder.fingerprint,
+                "options": options.key(),
+                "against": [h.fingerprint for h in against],
+            }
+            folder, key = self._place(label, facts)
+            with _writing(folder) as temporary:
+                if temporary is not None:
+                    about = {"label": label, **facts, "config_fingerprint": key}
+                    build(source, self.encoder, options, against, temporary, about, self.progress)
+            shards = TokenShards(folder, label)
+            check_bad_lines(shards.manifest, options.max_bad_lines)
+        _tell(label, shards)
+        return shards
+
+    def ngrams(self, where: str, choice: SourceChoice) -> HeldOut:
+        """Of what an evaluation suite asks, from the cache or read now."""
+        n = self.data.decontaminate
+        with _named(where):
+            source = choice.build()
+            if hasattr(source, "use_cache"):
+                source.use_cache(cache_folder(self.data.cache))
+            fingerprint = source.fingerprint()
+            folder, _ = self._place(source.label, {"format": FORMAT, "ngrams": n, "source": fingerprint})
+            with _writing(folder) as temporary:
+                if temporary is not None:
+                    write_ngrams(source, n, temporary / "ngrams.npy")
+        return HeldOut(source.label, fingerprint, ngrams=folder / "ngrams.npy")
+
+    def _place(self, label: str, facts: dict[str, Any]) -> tuple[Path, str]:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", label)[:60] or "data"
-        folder = cache_folder(cache) / "data" / f"{slug}-{key[:16]}"
-        with _writing(folder) as temporary:
-            if temporary is not None:
-                build(
-                    source,
-                    encoder,
-                    options,
-                    against,
-                    temporary,
-                    {"label": label, **facts, "config_fingerprint": key},
-                    progress,
-                )
-        shards = TokenShards(folder, label)
-        check_bad_lines(shards.manifest, options.max_bad_lines)
+        return cache_folder(self.data.cache) / "data" / f"{slug}-{key[:16]}", key
+
+
+@contextmanager
+def _named(where: str):
+    """Problems of a source are said with its key in the recipe."""
+    try:
+        yield
     except UserError as error:
         raise UserError([Problem(p.where or where, p.what) for p in error.problems]) from error
+
+
+def _tell(label: str, shards: TokenShards) -> None:
     tokens, documents = shards.num_tokens, shards.num_documents
-    log.info("%s: %s tokens in %s documents, %s", label, f"{tokens:,d}", f"{documents:,d}", folder)
-    return shards
+    log.info("%s: %s tokens in %s documents, %s", label, f"{tokens:,d}", f"{documents:,d}", shards.folder)
+    for step in shards.manifest["steps"]:
+        for reason, count in step["dropped"].items():
+            if HELD_OUT in reason:
+                log.warning(
+                    "%s: %s of %s documents dropped: %s",
+                    label,
+                    f"{count:,d}",
+                    f"{shards.manifest['steps'][0]['in']:,d}",
+                    reason,
+                )
 
 
 @contextmanager
@@ -183,13 +225,16 @@ def _writing(folder: Path):
             if folder.exists():  # another process wrote it while we waited
                 yield None
                 return
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process: we hold the lock
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)  # what a killed process left is gone on with: we hold the lock
             try:
                 yield temporary
                 os.replace(temporary, folder)
-            finally:
+            except UserError:  # the data is wrong: there is nothing to go on with
                 shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            finally:
+                if not (temporary / JOURNAL).exists():
+                    shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder.parent}: preparing data failed: {error.strerror or error}; "

@@ -16,6 +16,7 @@ USUAL = {
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
+SHORT = 1000
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -41,7 +42,8 @@ def to_document(record: Any, fields: Fields, where: str, part: str) -> Document 
     if not isinstance(record, dict):
         return BadRecord(where, f"expected an object with fields, got {type(record).__name__}")
     try:
-        return Document(id=where, meta={"part": part}, **_form(record, fields))
+        form = _form(record, fields)
+        return Document(id=where, meta={**_facts(record), "part": part}, **form)
     except _BadField as error:
         return BadRecord(where, str(error))
 
@@ -70,6 +72,15 @@ def _form(record: dict[str, Any], fields: Fields) -> dict[str, Any]:
         "has none of: text; prompt and response; messages; chosen and rejected. "
         f"It has: {', '.join(map(str, record)) or 'nothing'}; name yours under `fields`"
     )
+
+
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    """Its short values, which `document_weight` may speak of: numbers, true or false, text of up to 1,000 characters."""
+    return {
+        str(key): value
+        for key, value in record.items()
+        if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= SHORT)
+    }
 
 
 def _pair(record: dict[str, Any], keys: dict[str, str | None]) -> dict[str, Any]:

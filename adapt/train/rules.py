@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt.config import Recipe
-from adapt.errors import Problem
+from adapt.errors import Problem, UserError
 
 
 def core_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
@@ -70,10 +70,25 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         for index, dataset in enumerate(getattr(data, part)):
             if dataset.max_tokens is not None and dataset.max_tokens < 1:
                 yield Problem(f"data.{part}[{index}].max_tokens", f"{dataset.max_tokens} must be 1 or more")
+            if dataset.document_weight is not None:
+                yield from _document_weight(f"data.{part}[{index}].document_weight", dataset.document_weight)
     if data.near_dedup is not None and not 0 < data.near_dedup < 1:
         yield Problem("data.near_dedup", f"{data.near_dedup} must be between 0 and 1; 0.8 is usual, null turns it off")
+    if data.decontaminate is not None and data.decontaminate < 2:
+        yield Problem("data.decontaminate", f"{data.decontaminate} words are in every text; 13 is usual, null is off")
+    if data.workers != "auto" and data.workers < 1:
+        yield Problem("data.workers", f"{data.workers} must be 1 or more; auto is one per usable CPU")
     if not 0 <= data.max_bad_lines <= 1:
         yield Problem("data.max_bad_lines", f"{data.max_bad_lines} is a fraction of the lines: from 0 to 1")
+
+
+def _document_weight(where: str, expression: str) -> Iterator[Problem]:
+    from adapt.data.document_weights import DocumentWeight
+
+    try:
+        DocumentWeight(expression)
+    except UserError as error:
+        yield from (Problem(where, p.what) for p in error.problems)
 
 
 def _trainer(recipe: Recipe) -> Iterator[Problem]:

@@ -8,9 +8,10 @@ import random
 import numpy as np
 import pytest
 
-from adapt.data import build
+from adapt.data import batches
 from adapt.data import prepare as prepare_module
-from adapt.data.dedup import EXACT, HELD_OUT, NEAR
+from adapt.data import shards as shards_module
+from adapt.data.dedup import EXACT, NEAR, held_out
 from adapt.data.prepare import prepare
 from adapt.data.shards import TokenShards
 from adapt.errors import UserError
@@ -35,6 +36,12 @@ def run(tokenizer, tmp_path):
         return prepare(recipe(entries["train"], entries["eval"], **data), tokenizer, progress=False)
 
     return run
+
+
+def step(shards, name: str) -> dict:
+    """What the manifest says of a step."""
+    (found,) = [s for s in shards.manifest["steps"] if s["step"] == name]
+    return found
 
 
 def texts(*values):
@@ -96,7 +103,8 @@ def test_changed_data_tokenizer_or_options_are_prepared_anew(run, tokenizer):
 def test_exact_duplicates_are_dropped(run, tokenizer):
     shards = run(texts("The fox", "the  FOX\n", "dog", "The fox")).train[0]
     assert text_of(tokenizer, shards) == [f"The fox{EOS}", f"dog{EOS}"]
-    assert shards.manifest["steps"][1] == {"step": "deduplicate", "in": 4, "out": 2, "dropped": {EXACT: 2}}
+    found = step(shards, "deduplicate")
+    assert {k: found[k] for k in ("in", "out", "dropped")} == {"in": 4, "out": 2, "dropped": {EXACT: 2}}
     assert run(texts("The fox", "the  FOX\n"), exact_dedup=False).train[0].num_documents == 2
 
 
@@ -108,7 +116,7 @@ def test_near_duplicates_are_dropped(run):
     assert run(records).train[0].num_documents == 4
     shards = run(records, near_dedup=0.8).train[0]
     assert shards.num_documents == 3
-    assert shards.manifest["steps"][1]["dropped"] == {NEAR: 1}
+    assert step(shards, "deduplicate")["dropped"] == {NEAR: 1}
 
 
 def test_training_documents_that_are_also_held_out_are_dropped(run, tokenizer):
@@ -116,14 +124,19 @@ def test_training_documents_that_are_also_held_out_are_dropped(run, tokenizer):
     almost = " ".join([*page[:100], "suddenly", *page[101:]])
     prepared = run(texts("The fox", "dog", almost), texts("cat", "the fox", " ".join(page)), near_dedup=0.8)
     assert text_of(tokenizer, prepared.train[0]) == [f"dog{EOS}"]
-    assert prepared.train[0].manifest["steps"][1]["dropped"] == {HELD_OUT: 2}
+    assert step(prepared.train[0], "decontaminate")["dropped"] == {"13-gram also in held-out data (eval)": 2}
     assert prepared.eval["eval"].num_documents == 3
-    with pytest.raises(UserError, match="no document in it to use: 1 read, of them 1 also in held-out data"):
+    with pytest.raises(UserError, match=r"to use: 1 read, of them 1 13-gram also in held-out data \(eval\)"):
         run(texts("cat"), texts("Cat"))
+    prepared = run(
+        texts("The fox", "dog", almost), texts("cat", "the fox", " ".join(page)), near_dedup=0.8, decontaminate=None
+    )
+    assert text_of(tokenizer, prepared.train[0]) == [f"dog{EOS}"]
+    assert step(prepared.train[0], "deduplicate")["dropped"] == {held_out("eval"): 2}
 
 
 def test_reading_stops_at_max_tokens(run, monkeypatch):
-    monkeypatch.setattr(build, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(batches, "BATCH_DOCUMENTS", 4)
     records = texts(*(" ".join(words(i)) for i in range(40)))
     shards = run(records, max_tokens=300).train[0]
     assert 300 <= shards.num_tokens < 300 + 400
@@ -244,15 +257,15 @@ def test_a_changed_shard_is_found_by_verify(run):
 
 def test_a_failure_leaves_nothing_half_done(run, monkeypatch, tmp_path):
     """Killed or failed while writing: no folder of the final name, and the next try starts afresh."""
-    write = build.ShardWriter.add
+    write = shards_module.ShardWriter.add
     monkeypatch.setattr(
-        build.ShardWriter, "add", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        shards_module.ShardWriter, "add", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(UserError, match=r"preparing data failed: No space left on device; `data.cache`"):
         run(texts("a", "b"))
     data = tmp_path / "cache" / "data"
     assert [p.name for p in data.iterdir() if p.is_dir()] == []
-    monkeypatch.setattr(build.ShardWriter, "add", write)
+    monkeypatch.setattr(shards_module.ShardWriter, "add", write)
     shards = run(texts("a", "b")).train[0]
     leftover = shards.folder.with_name(shards.folder.name + ".part")
     shards.folder.rename(leftover)  # as if killed before the rename
@@ -262,9 +275,7 @@ def test_a_failure_leaves_nothing_half_done(run, monkeypatch, tmp_path):
 
 
 def test_shards_are_split_between_documents(run, tokenizer, monkeypatch):
-    from adapt.data import shards as shards_module
-
-    monkeypatch.setattr(shards_module.ShardWriter.__init__, "__defaults__", (40,))
+    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 40)
     records = texts(*(" ".join(words(i, 10)) for i in range(12)))
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
     shards = run([*records, chat]).train[0]

@@ -12,7 +12,7 @@ import pytest
 from adapt.components import SourceChoice
 from adapt.config.decode import decode
 from adapt.config.schema import Data
-from adapt.data import build
+from adapt.data import batches
 from adapt.data.documents import BadRecord, Document
 from adapt.data.prepare import open_sources, prepare
 from adapt.errors import UserError
@@ -247,7 +247,7 @@ def test_hub_facts_lie_in_the_cache_of_the_recipe(monkeypatch, tmp_path):
 
 
 def test_hub_is_read_no_further_than_max_tokens(monkeypatch, tmp_path, tokenizer):
-    monkeypatch.setattr(build, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(batches, "BATCH_DOCUMENTS", 4)
     read = []
     FakeHub(monkeypatch, (read.append(i) or {"text": f"page {i} of an endless book"} for i in itertools.count()))
     made = recipe([{"source": "hub:org/endless", "max_tokens": 50}], cache=str(tmp_path))
