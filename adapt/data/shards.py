@@ -6,6 +6,7 @@ roles-*.bin       int8 per token; only beside a file with context tokens
 documents.npy     [documents + 1] int64, offset of each document over all files
 bytes.npy         [documents] int64, UTF-8 bytes of the learned text of each
 hashes.npy        [documents read] uint64, of the normalised texts
+weights.npy       [documents] float32, how much each counts; only where documents have weights
 signatures.npy    [documents read, 128] uint32, MinHash; with near-deduplication only
 """
 
@@ -150,6 +151,10 @@ class TokenShards:
 
     def signatures(self) -> np.ndarray | None:
         return self._load("signatures") if "signatures.npy" in self.manifest["files"] else None
+
+    def document_weights(self) -> np.ndarray | None:
+        """[num_documents] float32, or None where documents have none."""
+        return self._load("weights") if "weights.npy" in self.manifest["files"] else None
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest."""
