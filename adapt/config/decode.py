@@ -112,6 +112,9 @@ def _union(converter, value, hint):
             return None
         raise Invalid(f"expected {_spell(hint)}, got null")
     options = [o for o in options if o is not type(None)]
+    lists = [o for o in options if typing.get_origin(o) is tuple]
+    if isinstance(value, list) and len(lists) == 1:  # then a problem inside of it is named by its own key
+        options = lists
     if len(options) == 1:
         return converter.structure(value, options[0])
     for option in options:
@@ -127,6 +130,8 @@ def _spell(hint) -> str:
         return " or ".join(_spell(o) for o in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list"
     return JSON_TYPES.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -58,13 +58,32 @@ class Tokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightPhase:
+    weight: float
+    """Share of the training tokens relative to the other entries, in this phase."""
+    until: float | None = None
+    """Where the phase ends: a share of the stage's steps (below 1) or a step count (1 and above); null: with the stage,
+    which only the last phase may say."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     source: SourceChoice
     """Where documents come from; `hub:org/name` is short for `{name: hub, id: org/name}`."""
     name: str | None = None
     """Label in logs and reports; null uses the source's own."""
-    weight: float = 1.0
-    """Share of the training tokens relative to the other entries (exact fractions, no sampling)."""
+    weight: float | tuple[WeightPhase, ...] = 1.0
+    """Share of the training tokens relative to the other entries (exact fractions, no sampling); or a list of phases,
+    `[{until: 0.8, weight: 3}, {weight: 0}]`. Entries of weight 0 are not read."""
+    objective_weight: float | None = None
+    """Share of the source in the loss, where that should not be its share of the tokens: token losses are multiplied by
+    objective_weight / weight (each relative to the other entries). null: the weight."""
+    max_epochs: float | None = None
+    """How often the source may be read; see `data.exhausted`. null: as often as its weight asks for (above 4 times, a
+    warning)."""
+    document_weight_as: Literal["repeat", "loss"] = "repeat"
+    """What weights of documents do, where the source has them. `repeat`: a document occurs that often in an epoch (2.3:
+    twice, and in three of ten cases once more); `loss`: its token losses are multiplied by it (the mean being 1)."""
     max_tokens: int | None = None
     """Stop reading the source after this many tokens."""
     clean: tuple[CleanerChoice, ...] = ()
@@ -81,7 +100,19 @@ class Data:
     eval: tuple[Dataset, ...] = ()
     """Held-out sources; suites measure on them."""
     seq_len: int = 1024
-    """Clean tokens per packed row: documents end to end, cut every `seq_len` tokens; none sees another one."""
+    """Clean tokens per packed row; see `packing`."""
+    packing: Literal["windows", "best_fit"] = "windows"
+    """Training rows. `windows`: documents end to end, cut every `seq_len` tokens; `best_fit`: documents are cut only
+    where they are longer than that, and put together so that little padding is left. Held-out rows are windows always."""
+    cross_document_attention: bool = False
+    """true: documents of a training row see those before them, positions run on, and each document's first token is
+    predicted from the end of the one before, as older recipes have it. In held-out rows no document sees another."""
+    temperature: float | None = None
+    """Exponent alpha: weights are multiplied by (tokens of the source) ** alpha. 1 mixes in proportion to size; 0.3 to
+    0.7 raise small sources. null: the weights as they stand (which is 0)."""
+    exhausted: Literal["fail", "renormalise", "stop"] = "fail"
+    """When the plan reads a source more often than its max_epochs: `fail` before the first step, `stop` the stage where
+    it has run dry, or `renormalise`: the other sources share its place in proportion to their weights."""
     exact_dedup: bool = True
     """Drop documents whose normalised text was seen before (within a dataset, and training ones found in eval)."""
     near_dedup: float | None = None

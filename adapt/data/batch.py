@@ -20,13 +20,15 @@ class Batch:
     """[B, T] int64, aligned with `input_ids`: the token itself where it is supervised, else -100. The first token of a
     document is -100: nothing before it predicts it."""
     doc_ids: Tensor
-    """[B, T] int64, number of the document within its row, from 0; padding has ids of its own."""
+    """[B, T] int64, number of the document within its row, from 0; padding has ids of its own. With
+    `data.cross_document_attention` the documents of a row are one document, to every objective."""
     position_ids: Tensor
     """[B, T] int64, position in the document, from 0 in every row (a document cut at a row's end starts anew)."""
     role: Tensor
     """[B, T] int8, PAD, CONTEXT or TARGET."""
     loss_weight: Tensor
-    """[B, T] float32, factor of each token's loss."""
+    """[B, T] float32, factor of each token's loss (objective weight of the source, weight of the document); 0 in
+    padding. The number that a loss is divided by counts targets, whatever their factors."""
     sample_index: Tensor
     """[B] int64, row number within its dataset (before shuffling); with `epoch` and the seed it keys the noise."""
     epoch: Tensor

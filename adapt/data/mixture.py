@@ -41,6 +41,17 @@ class Mixture:
         source = int(self._pattern[place])
         return source, cycle * self.quotas[source] + int(self._earlier[place])
 
+    def counts(self, n: int) -> list[int]:
+        """Rows of each source among the first n."""
+        cycles, rest = divmod(n, self.period)
+        begun = np.bincount(self._pattern[:rest], minlength=len(self.quotas))
+        return [cycles * quota + int(more) for quota, more in zip(self.quotas, begun, strict=True)]
+
+    def position(self, source: int, j: int) -> int:
+        """n of the j-th row (from 0) of a source that has a weight: what `[n]` undoes."""
+        cycle, rest = divmod(j, self.quotas[source])
+        return cycle * self.period + int(np.flatnonzero(self._pattern == source)[rest])
+
 
 def quotas(weights: list[float]) -> list[int]:
     """Small integers in the proportion of the weights; decimal numbers are meant as they are written."""

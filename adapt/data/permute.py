@@ -58,9 +58,17 @@ class Permutation:
 
 def shuffled(n: int, *key: int) -> np.ndarray:
     """[n] int64, another permutation of range(n), all of it at once, by sorting hashes."""
+    return np.argsort(_hashes(n, *key), kind="stable").astype(np.int64)
+
+
+def uniform(n: int, *key: int) -> np.ndarray:
+    """[n] float64 in [0, 1), a function of the key and of each one's number."""
+    return (_hashes(n, *key) >> np.uint64(11)) * 2.0**-53
+
+
+def _hashes(n: int, *key: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         x = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key_of(*key, n))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    return np.argsort(x, kind="stable").astype(np.int64)
+        return x ^ (x >> np.uint64(31))

@@ -1,66 +1,101 @@
 """Token shards -> packed rows of fixed length, any of them at once. Legend: T tokens per row.
 
-Plain text and conversations (`windows`): documents in a seed-shuffled order end to end, cut every T tokens; a row costs
-O(log documents). Preference pairs: a sequence per row, chosen and rejected next to each other.
+What shares a row is decided by packing.py; here a row gets its labels, positions, documents and weights. Preference
+pairs: a sequence per row, chosen and rejected next to each other.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import Literal
+
 import numpy as np
 
 from adapt.data.batch import PAD, TARGET
-from adapt.data.permute import Permutation, shuffled
+from adapt.data.packing import PACKINGS, Single
+from adapt.data.permute import Permutation, shuffled, uniform
 from adapt.data.shards import TokenShards
 from adapt.errors import UserError
 
 Row = dict[str, np.ndarray]
 """input_ids, labels, doc_ids, position_ids [T] int64; role [T] int8; loss_weight [T] float32; pair_index scalar."""
+REPEATS = 1
+"""Last word of the hash that decides which documents come once more, apart from the one that orders them."""
 
 
 class Rows:
-    def __init__(self, shards: TokenShards, seq_len: int, seed: int):
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        seed: int,
+        *,
+        packing: Literal["windows", "best_fit"] = "windows",
+        cross_document_attention: bool = False,
+        document_weight_as: Literal["repeat", "loss"] | None = None,
+    ):
+        """`document_weight_as=None` reads every document once, whatever its weight. Raises UserError where the data
+        does not allow what is asked for."""
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
-        offsets = np.asarray(shards.document_offsets)
         self.unit = 2 if shards.has_pairs else 1
         """Rows that only make sense together."""
         self.num_too_long = 0
         """Pairs left out because one of their sequences is longer than a row."""
+        self.cross_document_attention = cross_document_attention
+        weights = None if document_weight_as is None else _weights(shards)
+        self._factors = loss_factors(weights, shards) if document_weight_as == "loss" and weights is not None else None
+        """[documents] float32 factor of a document's token losses."""
+        self._facts = [seq_len, seed, packing, cross_document_attention]
+        if weights is not None:
+            self._facts += [document_weight_as, shards.manifest["files"]["weights.npy"]["sha256"]]
+        offsets = np.asarray(shards.document_offsets)
         if shards.has_pairs:
-            fits = (np.diff(offsets) <= seq_len).reshape(-1, 2).all(axis=1)
-            self.num_too_long = int((~fits).sum())
-            pairs = np.flatnonzero(fits)
-            self._order = (2 * pairs[:, None] + np.arange(2)).ravel()
-            if not len(pairs):
-                raise UserError(f"{shards.label}: no preference pair fits into data.seq_len={seq_len:,d} tokens")
+            self._refuse_for_pairs(packing, weights)
+            self._order = self._pairs(offsets)
+            self.packing = Single(self._order, offsets, seq_len)
         else:
-            self._order = shuffled(shards.num_documents, seed)
-        self._first = offsets[:-1][self._order]
-        """Offset in the shards of the k-th document of the order."""
-        self._ends = np.cumsum(offsets[1:][self._order] - self._first)
-        """Where that document ends when the order is laid out end to end."""
+            documents = np.arange(shards.num_documents)
+            if weights is not None and document_weight_as == "repeat":
+                documents = np.repeat(documents, repeats(weights, seed))
+            order = documents[shuffled(len(documents), seed)]
+            if not (offsets[1:] - offsets[:-1])[order].any():
+                why = "" if weights is None else "; the documents' weights leave none over"
+                raise UserError(f"{shards.label}: there is no token to train on{why}")
+            self.packing = PACKINGS[packing](order, offsets, seq_len)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides which tokens stand in which row, and how much they count."""
+        return hashlib.sha256(json.dumps([self.shards.fingerprint, *self._facts]).encode()).hexdigest()
+
+    @property
+    def num_units(self) -> int:
+        return len(self) // self.unit
 
     def __len__(self) -> int:
-        return len(self._order) if self.unit == 2 else -(-int(self._ends[-1]) // self.seq_len)
+        return len(self.packing)
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        segments = self._segments(index)
+        segments = self.packing.segments(index)
         row = padding(self.seq_len, self.shards.pad_id)
         at = 0
-        for number, (_, start, stop) in enumerate(segments):
+        for number, (document, start, stop) in enumerate(segments):
             size = stop - start
             here = slice(at, at + size)
             role = self.shards.roles(start, stop)
             row["input_ids"][here] = self.shards.tokens(start, stop)
             row["labels"][here] = np.where(role == TARGET, row["input_ids"][here], -100)
-            row["labels"][at] = -100  # nothing before it in this row predicts it
-            row["doc_ids"][here] = number
-            row["position_ids"][here] = np.arange(size)
+            if not (self.cross_document_attention and at):
+                row["labels"][at] = -100  # nothing before it predicts it
+            row["doc_ids"][here] = 0 if self.cross_document_attention else number
+            row["position_ids"][here] = np.arange(size) + (at if self.cross_document_attention else 0)
             row["role"][here] = role
-            row["loss_weight"][here] = 1.0
+            row["loss_weight"][here] = 1.0 if self._factors is None else self._factors[document]
             at += size
-        row["doc_ids"][at:] = len(segments)
+        row["doc_ids"][at:] = 1 if self.cross_document_attention else len(segments)
         row["position_ids"][at:] = np.arange(self.seq_len - at)
         if self.unit == 2:
             row["pair_index"] = self._order[index] // 2
@@ -69,30 +104,61 @@ class Rows:
     def shuffled(self, position: int) -> tuple[int, int]:
         """(epoch, row) of the `position`-th row of an endless reading, each epoch in an order of its own."""
         unit, member = divmod(position, self.unit)
-        epoch, index = divmod(unit, len(self) // self.unit)
+        epoch, index = divmod(unit, self.num_units)
         return epoch, self._permutation(epoch)[index] * self.unit + member
 
-    def _segments(self, index: int) -> list[tuple[int, int, int]]:
-        """(document, start, stop) of the pieces of documents in a row, as offsets in the shards."""
-        if self.unit == 2:
-            begin = int(self._ends[index - 1]) if index else 0
-            end = int(self._ends[index])
-        else:
-            begin = index * self.seq_len
-            end = min(begin + self.seq_len, int(self._ends[-1]))
-        segments = []
-        k = int(np.searchsorted(self._ends, begin, side="right"))
-        while begin < end:
-            document_end = int(self._ends[k])
-            document_start = int(self._ends[k - 1]) if k else 0
-            stop = min(end, document_end)
-            shift = int(self._first[k]) - document_start
-            segments.append((int(self._order[k]), begin + shift, stop + shift))
-            begin, k = stop, k + 1
-        return segments
-
     def _permutation(self, epoch: int) -> Permutation:
-        return Permutation(len(self) // self.unit, self.seed, epoch)
+        return Permutation(self.num_units, self.seed, epoch)
+
+    def _pairs(self, offsets: np.ndarray) -> np.ndarray:
+        """Sequences whose pair fits, two and two."""
+        fits = (np.diff(offsets) <= self.seq_len).reshape(-1, 2).all(axis=1)
+        self.num_too_long = int((~fits).sum())
+        pairs = np.flatnonzero(fits)
+        if not len(pairs):
+            raise UserError(f"{self.shards.label}: no preference pair fits into data.seq_len={self.seq_len:,d} tokens")
+        return (2 * pairs[:, None] + np.arange(2)).ravel()
+
+    def _refuse_for_pairs(self, packing: str, weights: np.ndarray | None) -> None:
+        asked = {
+            "data.packing": packing != "windows",
+            "data.cross_document_attention": self.cross_document_attention,
+            "document weights": weights is not None,
+        }
+        if wrong := [name for name, is_asked in asked.items() if is_asked]:
+            raise UserError(
+                f"{self.shards.label}: preference pairs have a row for each sequence, so there is nothing for "
+                f"{' and '.join(wrong)} to do; leave it out"
+            )
+
+
+def _weights(shards: TokenShards) -> np.ndarray | None:
+    """[documents] float64."""
+    weights = shards.document_weights()
+    if weights is None:
+        return None
+    weights = np.asarray(weights, np.float64)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        worst = int(np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))[0])
+        raise UserError(
+            f"{shards.label}: document {worst} has the weight {weights[worst]}; weights are finite numbers, 0 or more"
+        )
+    return weights
+
+
+def repeats(weights: np.ndarray, seed: int) -> np.ndarray:
+    """[documents] int64, how often each occurs in an epoch: floor(w), and once more with probability w - floor(w).
+    Its expectation is w, so the expected share of tokens is what the weights say."""
+    whole = np.floor(weights)
+    return (whole + (uniform(len(weights), seed, REPEATS) < weights - whole)).astype(np.int64)
+
+
+def loss_factors(weights: np.ndarray, shards: TokenShards) -> np.ndarray:
+    """[documents] float32: the weights, scaled so that their mean over the source's tokens is 1."""
+    total = float(weights @ np.diff(np.asarray(shards.document_offsets)))
+    if not total:
+        raise UserError(f"{shards.label}: every document has the weight 0, so nothing would be learned from it")
+    return (weights * (shards.num_tokens / total)).astype(np.float32)
 
 
 def padding(seq_len: int, pad_id: int) -> Row:

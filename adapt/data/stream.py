@@ -10,53 +10,61 @@ import numpy as np
 import torch
 
 from adapt.data.batch import Batch
-from adapt.data.mixture import Mixture
+from adapt.data.plan import Plan
 from adapt.data.rows import Row, Rows, padding
 from adapt.data.shards import TokenShards
 from adapt.errors import Problem, UserError
 
 EVAL_SEED = 0
-"""Held-out documents are shuffled once and for all: the first rows are a sample of all of them."""
+"""Held-out documents are shuffled once and for all: the first rows are a sample of all of them. They are always whole
+windows of isolated documents, each read once: what is measured does not depend on how training rows are made."""
 
 
 class TrainStream:
-    def __init__(self, rows: list[Rows], weights: list[float], seed: int, offset: int = 0):
-        """`weights` are fractions of tokens, relative to each other. `seed` has a place in the fingerprint; the rows
-        were made with it. Step 0 begins at position `offset`."""
+    def __init__(self, rows: list[Rows], plan: Plan):
+        """Rows of each source, and the plan in whose order they are read."""
         if len({r.unit for r in rows}) > 1:
             pairs = ", ".join(r.shards.label for r in rows if r.unit == 2)
             raise UserError(f"data.train mixes preference pairs ({pairs}) with other data; train on them apart")
-        self.rows, self.seed, self.offset = rows, seed, offset
+        self.rows, self.plan = rows, plan
         self.unit = rows[0].unit
         """Consecutive positions that belong together (2 for preference pairs)."""
-        self.mixture = Mixture(weights)
 
     @property
     def fingerprint(self) -> str:
         """Of everything that decides which tokens stand at which position."""
-        facts = [
-            self.seed,
-            self.mixture.quotas,
-            [(r.shards.fingerprint, r.seq_len, r.seed) for r in self.rows],
-        ]
+        facts = [self.plan.facts(), [r.fingerprint for r in self.rows]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(source, epoch, row) at a position."""
+        return self._locate(position)[:3]
+
+    def _locate(self, position: int) -> tuple[int, int, int, float]:
         unit, member = divmod(position, self.unit)
-        source, earlier = self.mixture[unit]
-        return source, *self.rows[source].shuffled(earlier * self.unit + member)
+        try:
+            source, earlier, factor = self.plan.locate(unit)
+        except IndexError:
+            raise UserError(
+                f"the training data ends at row {position:,d}: what is left may not be read again "
+                "(data.train[i].max_epochs). Rewinds leave data out; go on with --resume, which plans what is left"
+            ) from None
+        return source, *self.rows[source].shuffled(earlier * self.unit + member), factor
 
     def batch(self, positions: Iterable[int]) -> Batch:
-        places = [self.locate(n) for n in positions]
-        return collate([(self.rows[source][row], source, epoch, row) for source, epoch, row in places])
+        rows = []
+        for source, epoch, index, factor in map(self._locate, positions):
+            row = self.rows[source][index]
+            row["loss_weight"] *= np.float32(factor)
+            rows.append((row, source, epoch, index))
+        return collate(rows)
 
     def step_batch(
         self, step: int, rows_per_step: int, rank: int = 0, world: int = 1, stride: int | None = None
     ) -> Batch:
         """This rank's rows of an optimizer step.
 
-        Step s is positions [s R, (s + 1) R) from the offset on any world size, dealt out `stride` rows at a time (1, or 2 for pairs):
+        Step s is positions [s R, (s + 1) R) on any world size, dealt out `stride` rows at a time (1, or 2 for pairs):
         rank r of W takes rows r, r + W, ...
         """
         stride = stride or self.unit
@@ -64,7 +72,7 @@ class TrainStream:
             pairs = ", each with whole pairs" if stride > 1 else ""
             what = f"{rows_per_step} rows a step cannot be dealt out to {world} rank(s){pairs}"
             raise UserError(Problem("trainer.batch_tokens", f"{what}; give a multiple of {world * stride} rows"))
-        first = self.offset + step * rows_per_step
+        first = step * rows_per_step
         return self.batch(first + deal(place, rank, world, stride) for place in range(rows_per_step // world))
 
 

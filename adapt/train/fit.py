@@ -21,6 +21,7 @@ from adapt.runfolder import RunFolder
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import decoding_fields, export, show_end
 from adapt.train.hooks import Hooks
+from adapt.train.mixing import total_steps
 from adapt.train.probe import dry_run, leak_probe, out_of_memory
 from adapt.train.progress import duration
 from adapt.train.root import look
@@ -98,8 +99,7 @@ class _Run:
     def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None, *, last: bool) -> Hooks:
         import lightning.pytorch as L
 
-        from adapt.data.rows import Rows
-        from adapt.data.stream import TrainStream
+        from adapt.train.feed import feed_of
         from adapt.train.module import Stage
         from adapt.train.progress import Progress
 
@@ -118,11 +118,11 @@ class _Run:
             checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)
         if recipe.data != self.data_of:
             self.data, self.data_of = self._prepare(recipe), recipe.data
-        self._same_data(recipe)
-        rows = [Rows(shards, recipe.data.seq_len, recipe.run.seed) for shards in self.data.train]
-        stream = TrainStream(rows, [d.weight for d in recipe.data.train], recipe.run.seed, state.offset)
-        total = total_steps(recipe)
         rows_per_step = self._rows_per_step(recipe)
+        feed = feed_of(recipe, self.data.train, state, rows_per_step)
+        if world.main:
+            self.folder.add_data(self.data.manifest)
+        stream, total = feed.stream, feed.steps
         progress = None
         if world.main:
             progress = Progress(
@@ -147,7 +147,7 @@ class _Run:
         )
         if self.resume_from:
             hooks.saved_step = state.step
-        microbatch = self._rehearse(recipe, objective, stream, rows_per_step, total, trainable, progress)
+        microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
         if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
             hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
@@ -195,32 +195,14 @@ class _Run:
             )
         if last:
             state.results["after"] = hooks.evaluate()
-            state.finished = "rule" if hooks.ended_by_rule else "steps"
+            state.finished = "rule" if hooks.ended_by_rule else "data" if feed.ends_early else "steps"
         else:
-            state.offset += (state.stage_step + state.skipped) * rows_per_step
+            state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
             state.minima, state.objective, state.best, state.best_step = {}, {}, None, None
         hooks.saved_step = -1
         hooks.save()
         return hooks
-
-    def _same_data(self, recipe: Recipe) -> None:
-        """The stage's data is what its checkpoints were made with; then it goes into the manifest of the run. A stage on
-        the data of the stage before goes on where that left off, any other begins at its data's beginning."""
-        state = self.state
-        found = {f"data.train[{i}] ({s.label})": s.fingerprint for i, s in enumerate(self.data.train)}
-        found |= {"data.seq_len": str(recipe.data.seq_len), "weights": str([d.weight for d in recipe.data.train])}
-        changed = [name for name in found if state.data.get(name, found[name]) != found[name]]
-        if state.stage_step == 0 and (changed or len(found) != len(state.data)):
-            state.offset = 0
-        elif changed:
-            raise UserError(
-                f"the training data changed since this run's checkpoint: {', '.join(changed)}. The run cannot go on "
-                f"exactly. Restore the data, or start a new run (another run.name) from the export of this one."
-            )
-        state.data = found
-        if self.world.main:
-            self.folder.add_data(self.data.manifest)
 
     def _rows_per_step(self, recipe: Recipe) -> int:
         rows, extra = divmod(recipe.trainer.batch_tokens, recipe.data.seq_len)
@@ -233,14 +215,14 @@ class _Run:
             )
         return rows
 
-    def _rehearse(self, recipe, objective, stream, rows_per_step, total, trainable, progress) -> int:
+    def _rehearse(self, recipe, objective, feed, rows_per_step, trainable, progress) -> int:
         """The dry run, and the header that says what is about to happen and how long it should take."""
         world = self.world
-        first = stream.step_batch(0, rows_per_step, world.rank, world.size)
+        first = feed.stream.step_batch(0, rows_per_step, world.rank, world.size)
         wanted = recipe.trainer.microbatch
         size, took = dry_run(self.root, objective, first, microbatch=wanted, seed=recipe.run.seed, world=world)
         if progress:
-            steps = total - self.state.stage_step
+            steps = feed.steps - self.state.stage_step
             estimate = steps * took * first.num_rows / size
             progress.header(
                 {
@@ -254,9 +236,12 @@ class _Run:
                     + (" (chosen by trainer.microbatch=auto)" if wanted == "auto" else ""),
                     "steps": f"{steps} of {recipe.trainer.batch_tokens:,} tokens, "
                     f"{stream_tokens(self.data):,} training tokens at hand",
+                    **{f"  {label}": read for label, read in feed.reads.items()},
                     "estimate": f"at most about {duration(estimate)} of training",
                 }
             )
+            for note in feed.notes:
+                self._say(note)
         return size
 
     def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
@@ -341,12 +326,6 @@ class _Run:
         if self.world.main:
             self.folder.log(text)
             print(text)
-
-
-def total_steps(recipe: Recipe) -> int:
-    if recipe.trainer.steps is not None:
-        return recipe.trainer.steps
-    return -(-recipe.trainer.tokens // recipe.trainer.batch_tokens)
 
 
 def stream_tokens(data) -> int:

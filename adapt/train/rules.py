@@ -12,6 +12,7 @@ from typing import Any
 
 from adapt.config import Recipe
 from adapt.errors import Problem, UserError
+from adapt.train.mixing import mixing_problems
 
 
 def core_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
@@ -63,9 +64,7 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
-    for index, dataset in enumerate(data.train):
-        if not (dataset.weight > 0 and math.isfinite(dataset.weight)):
-            yield Problem(f"data.train[{index}].weight", f"{dataset.weight} must be above 0; or leave the entry out")
+    yield from mixing_problems(recipe)
     for part in ("train", "eval"):
         for index, dataset in enumerate(getattr(data, part)):
             if dataset.max_tokens is not None and dataset.max_tokens < 1:

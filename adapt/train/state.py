@@ -16,8 +16,8 @@ class State:
     """Optimizer steps done in the run."""
     tokens: int = 0
     """Clean training tokens seen."""
-    offset: int = 0
-    """Rows of the data that stages before this one have read."""
+    read: list[int] = field(default_factory=list)
+    """Rows (of preference data, pairs) of each source that stages before this one have read; [] where none has."""
     skipped: int = 0
     """Steps of data left out after a rewind: step s of a stage reads the data of s + skipped."""
     non_finite: int = 0
@@ -35,9 +35,10 @@ class State:
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
     data: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each data set of the stage."""
-    finished: Literal["", "steps", "rule"] = ""
-    """What ended the last stage. After its steps, a resumed run with more of them goes on."""
+    """Fingerprint of each data set of the stage, and of the plan in which they are read."""
+    finished: Literal["", "steps", "data", "rule"] = ""
+    """What ended the last stage. After its steps, a resumed run with more of them goes on; `data` is where its data
+    ended before (`data.exhausted`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

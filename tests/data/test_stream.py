@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from adapt.data.batch import PAD, Batch
 from adapt.data.mixture import Mixture
+from adapt.data.plan import Plan
 from adapt.data.rows import Rows
 from adapt.data.stream import TrainStream, deal, eval_batches
 from adapt.errors import UserError
@@ -29,7 +30,7 @@ def sources(folder):
 
 
 def stream(sources, weights=(0.25, 0.75), seq_len=16, seed=3):
-    return TrainStream([Rows(s, seq_len, seed) for s in sources], list(weights), seed)
+    return TrainStream([Rows(s, seq_len, seed) for s in sources], Plan([(0, list(weights))]))
 
 
 def same(a: Batch, b: Batch) -> bool:
