@@ -66,6 +66,10 @@ class Dataset:
     """Share of the training tokens relative to the other entries (exact fractions, no sampling)."""
     max_tokens: int | None = None
     """Stop reading the source after this many tokens."""
+    replay: bool = False
+    """Training data like what the base has learned from: its share is replay, and `kl_to_base` holds on to it there."""
+    guard: bool = False
+    """Held-out data of what must not be forgotten: `forgetting` measures on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
