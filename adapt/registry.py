@@ -110,7 +110,10 @@ class Selection:
     registry: typing.ClassVar[Registry]
 
     def declares(self, fact: str) -> bool:
-        """A class attribute of what will be built (`needs_teacher`), by the factory's return annotation."""
+        """`needs_teacher` and the like: a property of the config, where that decides it, or a class attribute of what
+        will be built, by the factory's return annotation."""
+        if hasattr(self.config, fact):
+            return bool(getattr(self.config, fact))
         return bool(getattr(self.registry[self.name].builds, fact, False))
 
     def build(self, *args: Any, **kwargs: Any) -> Any:

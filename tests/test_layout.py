@@ -193,8 +193,6 @@ def test_every_key_is_read():
     sections = sections_of(Recipe, {Recipe: {"recipe", "stage", "stages[0]", "over"}})
     unread = []
     for cls, file in config_classes().items():
-        if cls is Teacher:  # see the test below
-            continue
         for field in dataclasses.fields(cls):
             if cls in sections:
                 read = any((name, field.name) in found for found in everywhere.values() for name in sections[cls])
@@ -202,18 +200,21 @@ def test_every_key_is_read():
                 package = PACKAGE / file.relative_to(PACKAGE).parts[0]
                 near = [found for path, found in everywhere.items() if path.is_relative_to(package)]
                 read = any(field.name in {attribute for _, attribute in found} for found in near)
-            if not read and (cls, field.name) != (Recipe, "teacher"):
+            if not read:
                 unread.append(f"{cls.__name__}.{field.name}")
     assert unread == [], "\n".join(unread)
 
 
-def test_a_teacher_is_refused_as_long_as_nothing_reads_it(tmp_path):
-    """No objective that ships learns from one; the first that does must bring the code that reads the section."""
+def test_a_teacher_that_nothing_reads_is_refused():
+    """And one that something reads must be there. An objective says which by its class or its config."""
     for name in components.objectives.names():
         choice = decode(name, components.ObjectiveChoice)
-        assert not choice.declares("needs_teacher"), "now let test_every_key_is_read look at Teacher"
-        recipe = dataclasses.replace(load("nbdiff").recipe, objective=choice, teacher=Teacher())
-        assert "teacher" in {p.where for p in core_problems(recipe, 0)}
+        for teacher in (None, Teacher()):
+            recipe = dataclasses.replace(load("nbdiff").recipe, objective=choice, teacher=teacher)
+            refused = "teacher" in {p.where for p in core_problems(recipe, 0)}
+            assert refused == (choice.declares("needs_teacher") != (teacher is not None)), name
+    choice = decode({"name": "next_token", "kl_to_base": 0.5}, components.ObjectiveChoice)
+    assert choice.declares("needs_teacher")
 
 
 def test_every_key_says_what_it_is():

@@ -91,6 +91,10 @@ class Dataset:
     document_weight: str | None = None
     """How often a document is read relative to others: an expression over its record's other fields, such as
     `"2 if domain == 'clinical' else 1"`. Null: all alike."""
+    replay: bool = False
+    """Training data like what the base has learned from: its share is replay, and `kl_to_base` holds on to it there."""
+    guard: bool = False
+    """Held-out data of what must not be forgotten: `forgetting` measures on it."""
 
 
 @dataclass(frozen=True, kw_only=True)

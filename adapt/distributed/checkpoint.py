@@ -134,9 +134,9 @@ def prune(folder: Path, keep: int, protect: set[str]) -> None:
 def _tensors(
     root: nn.Module, optimizer: torch.optim.Optimizer | None, *, filling: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Flat name -> tensor. A tied parameter appears once; frozen teachers are not part of a run's state. `filling`: the
+    """Flat name -> tensor. A tied parameter appears once; a teacher is no part of the root's state. `filling`: the
     tensors are about to be read into, so an optimizer without state gets some (torch makes an empty step for it)."""
-    tensors = {f"model/{n}": p.detach() for n, p in root.named_parameters() if not n.startswith("teacher.")}
+    tensors = {f"model/{n}": p.detach() for n, p in root.named_parameters()}
     tensors |= {f"buffer/{n}": b for n, b in root.student.named_buffers() if n in root.student.state_dict()}
     if optimizer is not None and (optimizer.state or filling):
         for name, entries in get_optimizer_state_dict(root, optimizer)["state"].items():

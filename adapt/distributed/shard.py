@@ -39,4 +39,7 @@ def shard(root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: t
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     # The root's inputs are objectives and batches: loss weights in them stay fp32.
     policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # A backward needs the head again at once; where none comes, the root goes back to its shards.
+    fully_shard(
+        root, mesh=mesh, mp_policy=policy, reshard_after_forward=not any(p.requires_grad for p in root.parameters())
+    )

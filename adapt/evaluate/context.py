@@ -38,6 +38,11 @@ class EvalContext:
     facts: Facts
     contract: Contract = field(default_factory=Contract)
     """How the objective or the model decodes blocks; without a block size where it does not."""
+    guards: tuple[str, ...] = ()
+    """Labels of the held-out sets that must not get worse (`data.eval[].guard`)."""
+    start: Mapping[str, float] | None = None
+    """What the run measured before its first step: {} where this is that measurement, None where there is no such
+    thing, and nothing to compare with."""
     device: torch.device | str = "cpu"
     seed: int = 0
 
@@ -53,6 +58,12 @@ class EvalContext:
         """[V] bytes of text each token stands for (0 for special tokens)."""
         return byte_lengths(self.tokenizer)
 
+    def forgotten(self, metric: str, value: float) -> float | None:
+        """How far `metric` rose since the start, 0 at the start itself; None where the start is not known."""
+        if self.start is None or (self.start and metric not in self.start):
+            return None
+        return value - self.start.get(metric, value)
+
     def num_bytes(self, batch: Batch) -> int:
         """Bytes of the scored tokens."""
         return int(self.byte_lengths[batch.labels[batch.labels != -100]].sum())
@@ -66,3 +77,8 @@ class EvalContext:
         lists: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(lists, value)
         return [item for part in lists for item in part]
+
+
+def guard_labels(data: Any, labels: list[str]) -> tuple[str, ...]:
+    """Of the labels of `data.eval`, in its order, those of the sets marked `guard`."""
+    return tuple(label for label, dataset in zip(labels, data.eval, strict=True) if dataset.guard)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapt.errors import UserError
 
 if TYPE_CHECKING:
+    from adapt.components import SuiteChoice
     from adapt.config import Recipe
     from adapt.evaluate.context import EvalContext
     from adapt.generation.load import Opened
@@ -39,12 +40,25 @@ def evaluate(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     chosen = choices(args.suite, recipe)
     opened = open_model(args.model)
-    results = runner.evaluate(chosen, context_of(opened, recipe, args.limit, args.seed))
+    start = start_of(args, recipe)
+    results = runner.evaluate(chosen, context_of(opened, recipe, args.limit, args.seed, chosen, start))
     if args.json:
         print(json.dumps(results, indent=1))
     else:
-        runner.print_results({}, results)
+        runner.print_results({k: v for k, v in (start or {}).items() if k in results}, results)
     return 0
+
+
+def start_of(args: argparse.Namespace, recipe: Recipe) -> dict[str, float] | None:
+    """What the run measured before its first step, where the same is measured now: its own data, as many rows of it."""
+    from pathlib import Path
+
+    from adapt.report.data import read
+
+    if args.config is not None or (args.limit or recipe.evaluation.limit) != recipe.evaluation.limit:
+        return None
+    first = next((x for x in read(Path(args.model), "", "").evaluations if x["step"] == 0), None)
+    return first and {k.removeprefix("eval/"): v for k, v in first.items() if k.startswith("eval/") and v is not None}
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -77,26 +91,56 @@ def choices(names: str | None, recipe: Recipe):
     return tuple(choice for several in found for choice in several)
 
 
-def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | None) -> EvalContext:
+def context_of(
+    opened: Opened,
+    recipe: Recipe,
+    limit: int | None,
+    seed: int | None,
+    chosen: tuple[SuiteChoice, ...] = (),
+    start: dict[str, float] | None = None,
+) -> EvalContext:
+    """`chosen`: the suites to come, for those that need the recipe's teacher. `start`: see EvalContext."""
     from functools import partial
 
-    from adapt.evaluate.context import EvalContext
+    from adapt.evaluate.context import EvalContext, guard_labels
     from adapt.generation.contract import Contract
     from adapt.models import attention
     from adapt.objectives.base import Facts
     from adapt.train.root import Root, look
 
     model = attention.use(opened.model)
-    root = Root(model).eval()
+    device = next(model.parameters()).device
+    root = Root(model, teacher_of(recipe, chosen, opened.tokenizer, device)).eval()
+    sets = held_out(recipe, opened.tokenizer, recipe.evaluation.limit if limit is None else limit)
     return EvalContext(
         call=partial(look, root),
         tokenizer=opened.tokenizer,
-        eval_sets=held_out(recipe, opened.tokenizer, recipe.evaluation.limit if limit is None else limit),
+        eval_sets=sets,
+        guards=guard_labels(recipe.data, list(sets)),
+        start=start,
         facts=Facts(mask_token_id=getattr(model.config, "mask_token_id", None), attention=recipe.model.attention),
         contract=Contract.of(model.config),
-        device=next(model.parameters()).device,
+        device=device,
         seed=recipe.run.seed if seed is None else seed,
     )
+
+
+def teacher_of(recipe: Recipe, chosen: tuple[SuiteChoice, ...], tokenizer: Any, device: Any):
+    """The recipe's teacher, where one of the suites compares with it."""
+    from dataclasses import replace
+
+    from adapt.distributed.world import World
+    from adapt.train.teacher import build_teacher
+
+    if not any(choice.declares("needs_teacher") for choice in chosen):
+        return None
+    if recipe.teacher is None:
+        names = ", ".join(choice.name for choice in chosen if choice.declares("needs_teacher"))
+        raise UserError(
+            f"suite {names} compares with a teacher, and the recipe has none: add `teacher: {{base: self}}`"
+        )
+    wanted = replace(recipe, evaluation=replace(recipe.evaluation, suites=chosen))
+    return build_teacher(wanted, tokenizer, World(0, 0, 1, 1, device))
 
 
 def held_out(recipe: Recipe, tokenizer: Any, limit: int | None) -> dict[str, Callable[[], Iterator[Any]]]:

@@ -26,6 +26,8 @@ class Facts:
     mask_token_id: int | None = None
     attention: str = "auto"
     """`model.attention` of the recipe: the backend layouts are turned into."""
+    replay: frozenset[int] = frozenset()
+    """Indices into `data.train` (values of `batch.source`) of the data marked `replay`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Models:
     student: nn.Module
     """A transformers causal LM."""
     teacher: nn.Module | None = None
-    """Frozen, in eval mode; there where the objective's `needs_teacher` is true."""
+    """Frozen, in eval mode; there where the objective's `needs_teacher` is true, or a suite's."""
+    lockstep: bool = False
+    """Whether the teacher is sharded over ranks, which must then all call it equally often."""
 
 
 class Objective(Protocol):
@@ -62,7 +66,7 @@ class Objective(Protocol):
     class attributes are known before anything is built."""
 
     needs_teacher: bool = False
-    """Whether `models.teacher` is read."""
+    """Whether `models.teacher` is read. Where that depends on the config, a property of the config says it."""
     pairs: bool = False
     """Whether it reads preference pairs (`batch.pair_index`), and nothing else; others would learn the rejected
     answers too."""

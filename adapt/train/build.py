@@ -76,6 +76,7 @@ def facts_of(recipe: Recipe, model: nn.Module) -> Facts:
     return Facts(
         mask_token_id=getattr(model.config, "mask_token_id", None),
         attention=recipe.model.attention,
+        replay=frozenset(i for i, dataset in enumerate(recipe.data.train) if dataset.replay),
     )
 
 

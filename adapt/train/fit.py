@@ -25,8 +25,10 @@ from adapt.train.mixing import total_steps
 from adapt.train.probe import dry_run, leak_probe, out_of_memory
 from adapt.train.progress import duration
 from adapt.train.root import look
+from adapt.train.rules import learners
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
+from adapt.train.teacher import build_teacher
 
 
 def fit(resolved: Resolved, resume: str = "no") -> int:
@@ -57,7 +59,7 @@ class _Run:
         self.data, self.data_of = self._prepare(recipe), recipe.data
         student = build_student(recipe, self.tokenizer)
         self.facts = facts_of(recipe, student)
-        self.root = build_root(recipe, student, world)
+        self.root, self.teacher_of = build_root(recipe, student, world), None
         self.state = State()
         if world.main:
             folder.begin(resolved)  # nothing is left behind by a start that failed before this
@@ -105,6 +107,8 @@ class _Run:
 
         state, world = self.state, self.world
         trainable = set_trainable(self.root, recipe.trainable)
+        self.facts = facts_of(recipe, self.root.student)
+        self._teach(recipe)
         objective = recipe.objective.build(self.facts)
         if state.objective:
             objective.restore(state.objective)
@@ -204,6 +208,14 @@ class _Run:
         hooks.save()
         return hooks
 
+    def _teach(self, recipe: Recipe) -> None:
+        """The teacher of this stage; one that the stage before had is used again."""
+        wanted = recipe.teacher if learners(recipe) else None
+        if wanted != self.teacher_of:
+            self.root.teach(None)  # the old one's memory first
+            self.root.teach(build_teacher(recipe, self.tokenizer, self.world))
+            self.teacher_of = wanted
+
     def _rows_per_step(self, recipe: Recipe) -> int:
         rows, extra = divmod(recipe.trainer.batch_tokens, recipe.data.seq_len)
         if extra or rows % self.world.size:
@@ -248,7 +260,7 @@ class _Run:
         from functools import partial
 
         from adapt.data.stream import eval_batches
-        from adapt.evaluate.context import EvalContext
+        from adapt.evaluate.context import EvalContext, guard_labels
         from adapt.evaluate.runner import evaluate
         from adapt.generation.contract import Contract
 
@@ -270,6 +282,8 @@ class _Run:
             reduce=reduce,
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
+            guards=guard_labels(recipe.data, list(sets)),
+            start=self.state.results.get("before", {} if self.state.step == 0 else None),
             device=world.device,
             seed=recipe.run.seed,
         )

@@ -11,15 +11,35 @@ from torch import nn
 from adapt.objectives.base import Models
 
 
+class Frozen(nn.Module):
+    """A model that learns nothing, the root of its own shards: `forward(fn)` is `fn(model)` with its head whole."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+
+    def forward(self, fn: Callable[[nn.Module], Any]) -> Any:
+        return fn(self.model)
+
+
 class Root(nn.Module):
-    def __init__(self, student: nn.Module, teacher: nn.Module | None = None):
+    teacher: Frozen | None
+
+    def __init__(self, student: nn.Module, teacher: Frozen | None = None):
         super().__init__()
         self.student = student
-        self.teacher = teacher
+        self.teach(teacher)
+
+    def teach(self, teacher: Frozen | None) -> None:
+        """Give it a teacher. Not a submodule: optimizers, checkpoints and `train()` are for what learns."""
+        self.__dict__["teacher"] = teacher
 
     def forward(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(models, *args)` with unsharded root parameters: an objective, a suite's or a sampler's call."""
-        return fn(Models(self.student, self.teacher), *args)
+        if self.teacher is None:
+            return fn(Models(self.student), *args)
+        sharded = hasattr(self.teacher, "reshard")
+        return self.teacher(lambda teacher: fn(Models(self.student, teacher, sharded), *args))
 
 
 def look(root: Root, fn: Callable[..., Any], *args: Any) -> Any:

@@ -55,11 +55,22 @@ def _run(recipe: Recipe, index: int) -> Iterator[Problem]:
 def _model(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.attention == "flex" and not _cuda_devices():
         yield Problem("model.attention", "flex needs a CUDA device, and there is none here; use auto or tiled")
-    name, needs = recipe.objective.name, recipe.objective.declares("needs_teacher")
+    needs = learners(recipe)
     if recipe.teacher is not None and not needs:
-        yield Problem("teacher", f"the objective {name} learns from no teacher, so this would do nothing; leave it out")
+        name = recipe.objective.name
+        yield Problem(
+            "teacher",
+            f"the objective {name} learns from no teacher here and no suite compares with one, so this would do "
+            "nothing; leave it out",
+        )
     if recipe.teacher is None and needs:
-        yield Problem("teacher", f"the objective {name} learns from a teacher; add the section (base: self | <model>)")
+        yield Problem("teacher", f"{needs[0]} needs a teacher; add the section (base: self | <model>)")
+
+
+def learners(recipe: Recipe) -> list[str]:
+    """What needs a teacher, in words."""
+    found = [f"the objective {recipe.objective.name}"] if recipe.objective.declares("needs_teacher") else []
+    return found + [f"the suite {s.name}" for s in recipe.evaluation.suites if s.declares("needs_teacher")]
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -71,6 +82,14 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"data.{part}[{index}].max_tokens", f"{dataset.max_tokens} must be 1 or more")
             if dataset.document_weight is not None:
                 yield from _document_weight(f"data.{part}[{index}].document_weight", dataset.document_weight)
+    for index, dataset in enumerate(data.eval):
+        if dataset.replay:
+            what = "replay is part of the training data; held-out data that must not get worse is marked `guard: true`"
+            yield Problem(f"data.eval[{index}].replay", what)
+    for index, dataset in enumerate(data.train):
+        if dataset.guard:
+            what = "guards are held-out data; training data of the old kind is marked `replay: true`"
+            yield Problem(f"data.train[{index}].guard", what)
     if data.near_dedup is not None and not 0 < data.near_dedup < 1:
         yield Problem("data.near_dedup", f"{data.near_dedup} must be between 0 and 1; 0.8 is usual, null turns it off")
     if data.decontaminate is not None and data.decontaminate < 2:

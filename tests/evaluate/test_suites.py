@@ -197,3 +197,51 @@ def test_runner_and_table(model):
     text = console.export_text()
     assert "-50.0 %" in text
     assert "masked_ce/two/b4/t0.5" in text
+
+
+def test_accuracy(model):
+    results = suite("accuracy")(context(model))
+    for label in SETS:
+        right, count = 0, 0
+        for ids, scored in documents(label):
+            with torch.no_grad():
+                guesses = model(torch.tensor([ids]), use_cache=False).logits[0].argmax(-1)
+            right += sum(int(guesses[i - 1]) == ids[i] for i, s in enumerate(scored) if s)
+            count += sum(scored)
+        assert results[f"accuracy/{label}"] == pytest.approx(right / count)
+
+
+def test_kl_to_base_on_guards(model):
+    from adapt.train.root import Frozen, look
+
+    other = attention.use(tiny.tiny_model("qwen3", 1, torch.float64))
+    root = Root(attention.use(tiny.tiny_model("qwen3", dtype=torch.float64)), Frozen(other)).eval()
+    results = suite("kl_to_base")(context(model, call=lambda *a: look(root, *a), guards=("two",)))
+    assert set(results) == {"kl_to_base/two"}
+    total, count = 0.0, 0
+    for ids, scored in documents("two"):
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1) for m in (other, model))
+        for i in (i for i, s in enumerate(scored) if s):
+            total, count = total + float((p[i - 1].exp() * (p[i - 1] - q[i - 1])).sum()), count + 1
+    assert results["kl_to_base/two"] == pytest.approx(total / count, rel=1e-9)
+
+
+def test_kl_to_base_says_what_it_lacks(model):
+    with pytest.raises(UserError, match="guard: true"):
+        suite("kl_to_base")(context(model))
+    with pytest.raises(UserError, match="needs a teacher"):
+        suite("kl_to_base")(context(model, guards=("two",)))
+
+
+def test_forgetting_is_bits_per_byte_above_the_start(model):
+    """Exactly 0 at the start; measured for guards only, and only where the start is known."""
+    at_start = suite("bpb")(context(model, guards=("one", "two"), start={}))
+    assert at_start["forgetting/one"] == at_start["forgetting/two"] == at_start["forgetting/worst"] == 0.0
+    start = {"bpb/one": 1.0, "bpb/two": 0.5}
+    later = suite("bpb")(context(model, guards=("one", "two"), start=start))
+    risen = {label: later[f"bpb/{label}"] - start[f"bpb/{label}"] for label in SETS}
+    assert {label: later[f"forgetting/{label}"] for label in SETS} == risen
+    assert later["forgetting/worst"] == max(risen.values())
+    assert not [m for m in suite("bpb")(context(model, guards=("one",))) if m.startswith("forgetting")]
+    assert not [m for m in suite("bpb")(context(model, start={})) if m.startswith("forgetting")]

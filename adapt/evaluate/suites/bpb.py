@@ -3,6 +3,11 @@
     bpb/<dataset>      nats of all scored tokens / ln 2 / bytes of their text
     ar_loss/<dataset>  nats per scored token
 
+and of every held-out set marked `guard`, in a run or compared with one:
+
+    forgetting/<dataset>   bits per byte above those at step 0 (0 there)
+    forgetting/worst       the largest of them
+
 Document ends are scored too (their nats count, their 0 bytes do not): knowing where a text stops is part of
 knowing the text.
 """
@@ -13,13 +18,15 @@ import math
 from dataclasses import dataclass
 
 from adapt.components import suites
-from adapt.evaluate.context import EvalContext, Suite
+from adapt.evaluate.context import EvalContext, Suite, guard_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class BpbConfig:
     def metrics(self, recipe, datasets: list[str]) -> list[str]:
-        return [f"{what}/{label}" for label in datasets for what in ("bpb", "ar_loss")]
+        guards = guard_labels(recipe.data, datasets)
+        names = [f"{what}/{label}" for label in datasets for what in ("bpb", "ar_loss")]
+        return names + [f"forgetting/{label}" for label in (*guards, *(["worst"] if guards else []))]
 
 
 @suites.register("bpb")
@@ -42,4 +49,10 @@ def measure(context: EvalContext) -> dict[str, float]:
         sums = context.reduce(sums)
         results[f"bpb/{label}"] = sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
         results[f"ar_loss/{label}"] = sums["nats"] / sums["tokens"] if sums["tokens"] else math.nan
-    return results
+    return results | forgetting(context, results)
+
+
+def forgetting(context: EvalContext, results: dict[str, float]) -> dict[str, float]:
+    risen = {label: context.forgotten(f"bpb/{label}", results[f"bpb/{label}"]) for label in context.guards}
+    found = {f"forgetting/{label}": value for label, value in risen.items() if value is not None}
+    return found | ({"forgetting/worst": max(found.values())} if found else {})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from adapt.components import schedules
-from adapt.errors import Problem
-from adapt.optim.schedules.warmup import warmup_factor, warmup_problems, warmup_steps
+from adapt.optim.schedules.warmup import cosine_down, share_problems, warmup_factor, warmup_problems, warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +18,17 @@ class CosineConfig:
 
     def problems(self, recipe):
         yield from warmup_problems(self.warmup, recipe)
-        if not 0 <= self.final <= 1:
-            yield Problem("schedule.final", f"{self.final} must be between 0 and 1 (a share of the peak)")
+        yield from share_problems("final", self.final)
 
 
 @schedules.register("cosine")
 def cosine(config: CosineConfig) -> Callable[[int, int], float]:
     def multiplier(step: int, total: int) -> float:
         warm = warmup_steps(total, config.warmup)
+        if step >= total:
+            return config.final
         if step < warm:
             return warmup_factor(step, total, config.warmup)
-        progress = min(1.0, (step - warm) / max(1, total - 1 - warm))
-        return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return cosine_down((step - warm) / (total - warm), config.final)
 
     return multiplier

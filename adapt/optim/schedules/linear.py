@@ -1,0 +1,34 @@
+"""Warm-up, then a straight line down to a share of the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from adapt.components import schedules
+from adapt.optim.schedules.warmup import share_problems, tail, warmup_factor, warmup_problems, warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    warmup: float = 0.05
+    """Share of the steps (below 1) or number of steps (1 and above) of linear warm-up."""
+    final: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+    def problems(self, recipe):
+        yield from warmup_problems(self.warmup, recipe)
+        yield from share_problems("final", self.final)
+
+
+@schedules.register("linear")
+def linear(config: LinearConfig) -> Callable[[int, int], float]:
+    def multiplier(step: int, total: int) -> float:
+        warm = warmup_steps(total, config.warmup)
+        if step >= total:
+            return config.final
+        if step < warm:
+            return warmup_factor(step, total, config.warmup)
+        return tail((step - warm) / (total - warm), config.final, "linear")
+
+    return multiplier
