@@ -70,7 +70,7 @@ def export_folder(
             with quiet():
                 stock.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            _tidy(folder, extra_config)
+            _tidy(folder, extra_config, getattr(stock.config, "mask_token_id", None))
             if "mask_token_id" in extra_config:  # it decodes by block diffusion where adapt is not installed, too
                 (folder / "custom_generate").mkdir()
                 shutil.copyfile(CUSTOM_GENERATE, folder / "custom_generate" / CUSTOM_GENERATE.name)
@@ -139,8 +139,9 @@ def stock_copy(model, dtype: str, extra_config: dict[str, Any]):
     return stock.eval()
 
 
-def _tidy(folder: Path, extra_config: dict[str, Any]) -> None:
-    """Generation fields into generation_config.json, and no leftovers of training in config.json."""
+def _tidy(folder: Path, extra_config: dict[str, Any], mask: int | None) -> None:
+    """Generation fields into generation_config.json, and no leftovers of training in config.json. Plain `generate` must
+    never emit a mask token: text has none, and with tied embeddings no output row of its own could say so."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for key in (
@@ -154,8 +155,7 @@ def _tidy(folder: Path, extra_config: dict[str, Any]) -> None:
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
     generation = {k: v for k, v in generation.items() if k != "_from_model_config"} | extra_config
-    mask = extra_config.get("mask_token_id")
-    if mask is not None:  # plain sampling must never draw it
+    if mask is not None:
         generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), mask})
     path.write_text(json.dumps(generation, indent=2) + "\n")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt.data.batch import Batch
+from adapt.tokenization.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,12 @@ class Facts:
     """`model.attention` of the recipe: the backend layouts are turned into."""
     replay: frozenset[int] = frozenset()
     """Indices into `data.train` (values of `batch.source`) of the data marked `replay`."""
+    vocabulary: Vocabulary | None = None
+    """Which ids are special and which are text; None where a model is only measured."""
+    positions: int | None = None
+    """Longest row the model has positions for; None: no limit that is known."""
+    total_steps: int | None = None
+    """Optimizer steps of the stage, which ramps span as the schedule does; None outside of training."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Term:
 
     count: int
     weight: float = 1.0
+    targets: int | None = None
+    """How many targets the sum is over, where that is not `count`: what is logged of the term is their mean."""
 
 
 @dataclass(frozen=True)

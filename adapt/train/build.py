@@ -13,7 +13,9 @@ from adapt.errors import Problem, UserError
 from adapt.models import attention
 from adapt.objectives.base import Facts
 from adapt.pretrained import load_model
+from adapt.pretrained.families import longest_row
 from adapt.pretrained.lora import add_lora
+from adapt.tokenization.vocabulary import Vocabulary
 from adapt.train.root import Root
 from adapt.train.trainable import select
 
@@ -72,11 +74,13 @@ def set_trainable(root: Root, trainable: Trainable) -> int:
     return total
 
 
-def facts_of(recipe: Recipe, model: nn.Module) -> Facts:
+def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
     return Facts(
         mask_token_id=getattr(model.config, "mask_token_id", None),
         attention=recipe.model.attention,
         replay=frozenset(i for i, dataset in enumerate(recipe.data.train) if dataset.replay),
+        vocabulary=Vocabulary.of(tokenizer, model.config),
+        positions=longest_row(model.config),
     )
 
 

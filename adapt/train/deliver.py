@@ -66,7 +66,7 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
     tokenizer = load_tokenizer(recipe)
     world = World(0, 0, 1, 1, torch.device("cpu"))
     student = build_student(recipe, tokenizer)
-    facts = facts_of(recipe, student)
+    facts = facts_of(recipe, student, tokenizer)
     root = build_root(recipe, student, world)
     state = State.from_dict(checkpoint.read_state(saved[-1]))
     checkpoint.load(saved[-1], root, None)

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class _Run:
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
         student = build_student(recipe, self.tokenizer)
-        self.facts = facts_of(recipe, student)
+        self.facts = facts_of(recipe, student, self.tokenizer)
         self.root, self.teacher_of = build_root(recipe, student, world), None
         self.state = State()
         if world.main:
@@ -107,9 +108,9 @@ class _Run:
 
         state, world = self.state, self.world
         trainable = set_trainable(self.root, recipe.trainable)
-        self.facts = facts_of(recipe, self.root.student)
+        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
         self._teach(recipe)
-        objective = recipe.objective.build(self.facts)
+        objective = recipe.objective.build(replace(self.facts, total_steps=total_steps(recipe)))
         if state.objective:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know

@@ -20,7 +20,9 @@ class StepResult:
     sums: dict[str, Tensor]
     """Term -> sum over the targets of all ranks (device scalar)."""
     counts: dict[str, int]
-    """Term -> targets over all ranks and microbatches."""
+    """Term -> what its sum is divided by, over all ranks and microbatches."""
+    targets: dict[str, int]
+    """Term -> targets in its sum, over all ranks and microbatches."""
     weights: dict[str, float]
     grad_norm: Tensor
     """Global norm before clipping (device scalar)."""
@@ -48,24 +50,28 @@ def gradients(
     rows = range(0, batch.num_rows, microbatch)
     prepared = [objective.prepare(batch.rows(i, i + microbatch), seed=seed, step=step) for i in rows]
     names = list(prepared[0].terms)
-    local = [sum(p.terms[n].count for p in prepared) for n in names]
-    *counts, stopping = world.sum([*local, int(stop)])
-    totals = dict(zip(names, counts, strict=True))
+    terms = [[p.terms[n] for p in prepared] for n in names]
+    local = [sum(t.count for t in term) for term in terms]
+    shown = [sum(t.count if t.targets is None else t.targets for t in term) for term in terms]
+    *counts, stopping = world.sum([*local, *shown, int(stop)])
+    totals = dict(zip(names, counts[: len(names)], strict=True))
+    targets = dict(zip(names, counts[len(names) :], strict=True))
     weights = {n: prepared[0].terms[n].weight for n in names}
 
     torch.manual_seed(int(generator(seed, 1, step, world.rank).integers(2**62)))  # dropout: nothing to save
     sums = {n: torch.zeros((), device=world.device) for n in names}
     for item in prepared:  # each reduces its gradients: kept back, they would be whole on every rank
-        terms = root(objective, item.to(world.device).inputs)
-        loss = sum(weights[n] / max(1, totals[n]) * terms[n] for n in names)
+        found = root(objective, item.to(world.device).inputs)
+        loss = sum(weights[n] / max(1, totals[n]) * found[n] for n in names)
         backward(loss * world.size)  # FSDP averages over ranks; the divisor is already global
         for n in names:
-            sums[n] += terms[n].detach().to(sums[n].dtype)
+            sums[n] += found[n].detach().to(sums[n].dtype)
     norm = clip_gradients(root, clip)
     whole = world.add_up(torch.stack([sums[n] for n in names]))
     finite = torch.isfinite(whole).all() & torch.isfinite(norm)
     info = {k: sum(p.info[k] for p in prepared) / len(prepared) for k in prepared[0].info}
-    return StepResult(dict(zip(names, whole, strict=True)), totals, weights, norm, bool(finite), info, bool(stopping))
+    sums = dict(zip(names, whole, strict=True))
+    return StepResult(sums, totals, targets, weights, norm, bool(finite), info, bool(stopping))
 
 
 def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:
@@ -80,9 +86,9 @@ def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:
 
 
 def loss_values(result: StepResult) -> dict[str, float]:
-    """Logged values: `loss` and `loss/<term>` (each a mean over its count)."""
-    means = {n: float(s) / max(1, result.counts[n]) for n, s in result.sums.items()}
+    """Logged values: `loss`, and `loss/<term>` (each a mean over its targets; a term without any has none)."""
+    sums = {n: float(s) for n, s in result.sums.items()}
     return {
-        "loss": sum(result.weights[n] * means[n] for n in means),
-        **{f"loss/{n}": v for n, v in means.items()},
+        "loss": sum(result.weights[n] * s / max(1, result.counts[n]) for n, s in sums.items()),
+        **{f"loss/{n}": s / result.targets[n] for n, s in sums.items() if result.targets[n]},
     }

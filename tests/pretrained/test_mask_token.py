@@ -176,3 +176,15 @@ def test_a_converted_tokenizer_converts_another_copy_of_the_model_the_same_way(c
     assert first.config.mask_token_id == second.config.mask_token_id
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "vocab, reserved", [(320, False), (300, False), (320, True)]
+)  # a new row, a spare one, reserved
+def test_adding_a_mask_token_leaves_the_logits_of_all_other_ids_unchanged(family, vocab, reserved):
+    model = tiny.tiny_model(family)
+    logits = model(IDS).logits.detach()
+    mask = convert(model, fresh_tokenizer(vocab, reserved))
+    others = torch.arange(320) != mask
+    torch.testing.assert_close(model(IDS).logits[..., :320][..., others], logits[..., others], atol=1e-6, rtol=0)
