@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from adapt.errors import UserError
 
 if TYPE_CHECKING:
+    from adapt.components import SuiteChoice
     from adapt.config import Recipe
     from adapt.evaluate.context import EvalContext
+    from adapt.evaluate.grid import Grid
     from adapt.generation.load import Opened
 
 ROWS_PER_BATCH = 4
@@ -38,38 +40,50 @@ def evaluate(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     chosen = choices(args.suite, recipe)
+    check_data(chosen, args, recipe)
     opened = open_model(args.model)
-    results = runner.evaluate(chosen, context_of(opened, recipe, args.limit, args.seed))
+    grids: list[Grid] = []
+    results = runner.evaluate(chosen, context_of(opened, recipe, args.limit, args.seed, grids.append))
     if args.json:
-        print(json.dumps(results, indent=1))
+        cells = {"grids": [grid.to_dict() for grid in grids]} if grids else {}
+        print(json.dumps(results | cells, indent=1))
     else:
         runner.print_results({}, results)
+        runner.print_grids(grids)
     return 0
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe given, or the run's own (its last stage: what the run ended with)."""
+def recipe_of(args: argparse.Namespace) -> Recipe | None:
+    """The recipe given, or the run's own (its last stage: what the run ended with); None of a plain model."""
     from pathlib import Path
 
     from adapt.config import load
 
     own = Path(args.model) / "config.yaml"
     if args.config is None and not own.is_file():
+        return None
+    return load(args.config or str(own)).stages[-1]
+
+
+def check_data(chosen: Iterable[SuiteChoice], args: argparse.Namespace, recipe: Recipe | None) -> None:
+    """Raises UserError where a suite needs held-out data and there is none."""
+    needing = ", ".join(dict.fromkeys(c.name for c in chosen if not c.declares("brings_data")))
+    if needing and recipe is None:
         raise UserError(
-            f"{args.model} is no run folder, so say which data to measure on: -c RECIPE (its data.eval is used)"
+            f"{args.model} is no run folder, so say which data to measure {needing} on: -c RECIPE (its data.eval is "
+            f"used)"
         )
-    recipe = load(args.config or str(own)).stages[-1]
-    if not recipe.data.eval:
-        raise UserError(f"{args.config or own} has no held-out data: add data.eval, or give another recipe with -c")
-    return recipe
+    if needing and not recipe.data.eval:
+        named = args.config or f"the recipe of {args.model}"
+        raise UserError(f"{needing}: {named} has no held-out data: add data.eval, or give another recipe with -c")
 
 
-def choices(names: str | None, recipe: Recipe):
+def choices(names: str | None, recipe: Recipe | None):
     """Suites by name, with the recipe's settings where it has them; without names, all of the recipe's."""
     from adapt.components import SuiteChoice
     from adapt.config import decode
 
-    configured = recipe.evaluation.suites
+    configured = recipe.evaluation.suites if recipe else ()
     if names is None:
         return configured or (decode("bpb", SuiteChoice),)
     wanted = dict.fromkeys(n.strip() for n in names.split(",") if n.strip())
@@ -77,7 +91,9 @@ def choices(names: str | None, recipe: Recipe):
     return tuple(choice for several in found for choice in several)
 
 
-def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | None) -> EvalContext:
+def context_of(
+    opened: Opened, recipe: Recipe | None, limit: int | None, seed: int | None, keep: Callable[[Grid], None]
+) -> EvalContext:
     from functools import partial
 
     from adapt.evaluate.context import EvalContext
@@ -91,11 +107,15 @@ def context_of(opened: Opened, recipe: Recipe, limit: int | None, seed: int | No
     return EvalContext(
         call=partial(look, root),
         tokenizer=opened.tokenizer,
-        eval_sets=held_out(recipe, opened.tokenizer, recipe.evaluation.limit if limit is None else limit),
-        facts=Facts(mask_token_id=getattr(model.config, "mask_token_id", None), attention=recipe.model.attention),
+        eval_sets=held_out(recipe, opened.tokenizer, limit) if recipe and recipe.data.eval else {},
+        keep=keep,
+        facts=Facts(
+            mask_token_id=getattr(model.config, "mask_token_id", None),
+            attention=recipe.model.attention if recipe else "auto",
+        ),
         contract=Contract.of(model.config),
         device=next(model.parameters()).device,
-        seed=recipe.run.seed if seed is None else seed,
+        seed=seed if seed is not None else recipe.run.seed if recipe else 0,
     )
 
 
@@ -105,6 +125,7 @@ def held_out(recipe: Recipe, tokenizer: Any, limit: int | None) -> dict[str, Cal
     from adapt.data.prepare import prepare
     from adapt.data.stream import eval_batches
 
+    limit = recipe.evaluation.limit if limit is None else limit
     return {
         label: partial(eval_batches, shards, recipe.data.seq_len, ROWS_PER_BATCH, limit)
         for label, shards in prepare(recipe, tokenizer, train=False).eval.items()

@@ -283,6 +283,7 @@ class _Run:
             tokenizer=self.tokenizer,
             eval_sets=sets,
             reduce=reduce,
+            keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
             device=world.device,
