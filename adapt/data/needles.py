@@ -98,7 +98,7 @@ def fit(tokens: Callable[[int], int], target: int, what: str, guess: int = 64, s
     while low > 0 and tokens(low) > target:
         low, high, step = max(0, low - step), low, 2 * step
     if low == 0 and (least := tokens(0)) > target:
-        raise UserError(f"{what} has {least:,d} tokens before anything is hidden in it, so {target:,d} are too few")
+        raise UserError(f"{what} has {least:,d} tokens without any filler, so {target:,d} are too few")
     while tokens(high) <= target:
         low, high, step = high, high + step, 2 * step
     while high - low > 1:

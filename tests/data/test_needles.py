@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from adapt.data import needles
 from adapt.data.needles import Haystack, Passkeys, draw_needles, fit, key_of, niah, passkey_text, trial_rng
+from adapt.data.questions import Asker
 from adapt.errors import UserError
-from adapt.evaluate.answers import Asker
 from tests import tiny
 
 ESSAY = "It was a long day. Nobody had seen the harbour so empty! Why had they come? The boats lay still. " * 30

@@ -10,8 +10,9 @@ import torch
 
 from adapt.config import decode
 from adapt.config.schema import Evaluation
+from adapt.data.questions import Asker, Question
 from adapt.errors import UserError
-from adapt.evaluate.answers import Asker, Question, answer_nats, first_fit, greedy, groups
+from adapt.evaluate.answers import answer_nats, first_fit, greedy, groups
 from adapt.generation.contract import Contract
 from adapt.train.rules import core_problems
 from tests import tiny

@@ -49,7 +49,8 @@ class Passkey:
 
     def __call__(self, context: EvalContext) -> dict[str, float]:
         from adapt.data.needles import Passkeys, as_answer, key_of, trial_rng
-        from adapt.evaluate.answers import Asker, answer_nats, greedy, mean, require_causal
+        from adapt.data.questions import Asker
+        from adapt.evaluate.answers import answer_nats, greedy, mean, require_causal
 
         require_causal("passkey", context)
         config, asker = self.config, Asker(context.tokenizer)
