@@ -16,6 +16,8 @@ class Question:
     prompt: list[int]
     answer: list[int]
     """Without the token that ends it."""
+    ends: tuple[int, ...] = ()
+    """The special tokens that end the answer in a training row."""
 
     @property
     def length(self) -> int:
@@ -37,12 +39,12 @@ class Asker:
         last = len(roles) - roles[::-1].index(TARGET)
         if not first:
             raise UserError(f"{where}: the prompt is empty, so nothing predicts the answer's first token")
-        found = tokens[first:last]
+        found, ends = tokens[first:last], []
         while found and found[-1] in self.special:
-            found.pop()
+            ends.append(found.pop())
         if not found:
             raise UserError(f"{where}: the answer {answer!r} has no tokens; nothing could be compared with it")
-        return Question(tokens[:first], found)
+        return Question(tokens[:first], found, tuple(ends))
 
     def count(self, prompt: str | Messages, answer: str) -> int:
         """Tokens of the whole training row, with what ends it."""

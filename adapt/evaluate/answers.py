@@ -60,6 +60,14 @@ def greedy(
     return [_until(found[i], ends) for i in range(len(prompts))]
 
 
+def ends(context: EvalContext, questions: Iterable[Question]) -> set[int]:
+    """Tokens that end a text: the model's and the tokenizer's, and those that end answers in training. Collective."""
+    from adapt.generation.load import eos_ids
+
+    known = context.call(lambda models: eos_ids(models.student, context.tokenizer))
+    return {*known, *(end for question in questions for end in question.ends)}
+
+
 def _max_positions(models) -> int | None:
     return getattr(models.student.config, "max_position_embeddings", None)
 

@@ -81,8 +81,8 @@ class MultiNeedle:
                     needles = draw_needles(rng, haystack, config.values, [part, *others], config.depths)
                     trials.append(writer(needles, needles if config.ask == "all" else needles[:1], length))
                     lengths.append(length)
-        prompts = [writer.asker(trial.prompt, trial.answers[0]).prompt for trial in trials]
-        texts = decoded_texts(context, prompts, config.new_tokens)
+        questions = [writer.asker(trial.prompt, trial.answers[0]) for trial in trials]
+        texts = decoded_texts(context, questions, config.new_tokens)
         found = [
             (length, depth, float(value in text))
             for length, trial, text in zip(lengths, trials, texts, strict=True)

@@ -11,14 +11,18 @@ recipe's held-out data. The length is that of the prompt and the tokens decoded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapt.components import SourceChoice, suites
 from adapt.errors import Problem, UserError
 from adapt.evaluate.context import EvalContext
+from adapt.evaluate.sources import open_source, source_problems
 from adapt.evaluate.suites.passkey import check_grid, grid_of, length_problems
+
+if TYPE_CHECKING:
+    from adapt.data.questions import Question
 
 SALT = 2
 VALUES = {1: "number", 2: "number", 3: "uuid"}
@@ -77,7 +81,7 @@ class Niah:
                     cells.append((length, part))
                     trials.append(trial)
                     questions.append(writer.asker(trial.prompt, as_answer(trial.answers[0], writer.asker.chat)))
-        texts = decoded_texts(context, [q.prompt for q in questions], config.new_tokens)
+        texts = decoded_texts(context, questions, config.new_tokens)
         found = [float(t.answers[0] in text) for t, text in zip(trials, texts, strict=True)]
         nats = [n / len(q.answer) for n, q in zip(answer_nats(context, questions), questions, strict=True)]
         context.keep(grid_of(f"niah_{config.task}", config, cells, found))
@@ -115,12 +119,12 @@ class Writer:
         return trial
 
 
-def decoded_texts(context: EvalContext, prompts: list[list[int]], new_tokens: int) -> list[str]:
+def decoded_texts(context: EvalContext, questions: list[Question], new_tokens: int) -> list[str]:
     """What greedy decoding writes after each prompt, up to the end of the text. Collective."""
-    from adapt.evaluate.answers import greedy
+    from adapt.evaluate.answers import ends, greedy
 
-    eos = context.tokenizer.eos_token_id
-    rows = greedy(context, prompts, [new_tokens] * len(prompts), () if eos is None else (eos,))
+    stop = ends(context, questions)
+    rows = greedy(context, [q.prompt for q in questions], [new_tokens] * len(questions), stop)
     return [context.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
@@ -131,7 +135,7 @@ def essay_text(source: SourceChoice | None, context: EvalContext) -> str:
     else:
         from adapt.data.documents import BadRecord
 
-        documents = (d for d in source.build().documents() if not isinstance(d, BadRecord))
+        documents = (d for d in open_source(source, context.tokenizer).documents() if not isinstance(d, BadRecord))
         texts = (text for d in documents for text in d.strings())
     return "\n".join(_until(texts, ESSAY_CHARACTERS))
 
@@ -179,12 +183,4 @@ def essay_problems(suite: str, needed: bool, source: SourceChoice | None, recipe
     elif needed and source is None and not recipe.data.eval:
         yield Problem("", f"{suite} needs a haystack: give it `essays: text:FOLDER`, or the recipe a data.eval entry")
     elif source is not None:
-        yield from source_problems(source.build)
-
-
-def source_problems(build: Callable[[], Any]) -> Iterator[Problem]:
-    """What is wrong with a source that a suite names; nothing is read."""
-    try:
-        build()
-    except UserError as error:
-        yield from error.problems
+        yield from source_problems(source)
