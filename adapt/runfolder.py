@@ -22,6 +22,7 @@ from adapt.console import printable
 from adapt.errors import Problem, UserError
 
 CONFIG, ENVIRONMENT, METRICS, LOG, DATA = "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "data.json"
+GRIDS = "grids.jsonl"
 
 MAY_CHANGE = (
     "run.dir",
@@ -140,6 +141,16 @@ class RunFolder:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
         except OSError as error:
             warnings.warn(f"{self.path / LOG} cannot be written ({error.strerror}); its lines are lost", stacklevel=2)
+
+    def add_grid(self, step: int, grid: dict[str, Any]) -> None:
+        """A line in grids.jsonl: a table of an evaluation, for the report."""
+        if not self.main:
+            return
+        try:
+            with open(self.path / GRIDS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **grid}) + "\n")
+        except OSError as error:
+            warnings.warn(f"{self.path / GRIDS} cannot be written ({error.strerror}); a grid is lost", stacklevel=2)
 
     def add_data(self, manifest: dict[str, Any]) -> None:
         """Into data.json: what a stage trains and measures on, besides what the stages before it used."""

@@ -61,6 +61,9 @@ def prepare(recipe: Recipe, tokenizer: Any, *, train: bool = True, progress: boo
     sets, for measuring; nothing else is opened."""
     data = recipe.data
     held_out, training = open_sources(data, train=train)
+    for _, _, source in (*held_out, *training):
+        if hasattr(source, "use_tokenizer"):  # its texts have a length in tokens
+            source.use_tokenizer(tokenizer)
     encoder = Encoder(tokenizer)
     run = _Run(data, encoder, progress)
     evaluated = {}

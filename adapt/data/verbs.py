@@ -25,7 +25,12 @@ def fetch(resolved: Resolved, args: argparse.Namespace) -> int:
         for where, dataset, source in [*training, *held_out]:
             try:
                 fingerprint = source.fingerprint()
-                first = next((d for d in source.documents() if not isinstance(d, BadRecord)), None)
+                made_here = hasattr(source, "use_tokenizer")  # for a tokenizer: there is nothing to fetch
+                first = (
+                    fingerprint
+                    if made_here
+                    else next((d for d in source.documents() if not isinstance(d, BadRecord)), None)
+                )
                 if first is None:
                     raise UserError(f"{source.where}: there is no readable document in it")
             except UserError as error:

@@ -1,24 +1,31 @@
-"""What a suite may use: the models, the held-out rows of this rank, sums over ranks."""
+"""What a suite may use: the models, the held-out rows of this rank, sums and work over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from adapt.data.batch import Batch
 from adapt.evaluate.bytes import byte_lengths
+from adapt.evaluate.grid import Grid
 from adapt.generation.contract import Contract
 from adapt.objectives.base import Facts
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Suite(Protocol):
     """Built by `registry entry(config)`. A config with `metrics(recipe, datasets) -> names` states beforehand what will
     be measured, so that rules which name a metric can be checked; `problems(recipe)` says what cannot work."""
+
+    brings_data: bool = False
+    """Whether it can measure where the recipe has no held-out data: it makes its own, or its config names it. (The
+    factory is annotated to return a class that says so.)"""
 
     def __call__(self, context: EvalContext) -> dict[str, float]:
         """Metric name -> value, the same on every rank."""
@@ -35,6 +42,8 @@ class EvalContext:
     with rows of padding where it has fewer, so that the models may be called for each."""
     reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
     """Sums of this rank -> sums over all ranks, in float64. Collective."""
+    keep: Callable[[Grid], None] = lambda grid: None
+    """Keeps a table of cells for the report; what it holds is too much for metrics."""
     facts: Facts
     contract: Contract = field(default_factory=Contract)
     """How the objective or the model decodes blocks; without a block size where it does not."""
@@ -68,13 +77,31 @@ class EvalContext:
         """Bytes of the scored tokens."""
         return int(self.byte_lengths[batch.labels[batch.labels != -100]].sum())
 
+    @property
+    def rank_and_world(self) -> tuple[int, int]:
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return 0, 1
+        return dist.get_rank(), dist.get_world_size()
+
+    def dealt(self, items: list[Item], work: Callable[[Item], Result]) -> list[Result]:
+        """`work(item)` of every item, in order and the same on every rank, each done by one of them. Every rank works
+        equally often (on the last item again where there are none left), so `work` may call the models. Collective."""
+        rank, world = self.rank_and_world
+        turns = range(-(-len(items) // world))
+        mine = [work(items[min(turn * world + rank, len(items) - 1)]) for turn in turns]
+        by_rank = self.gather(mine)
+        return [by_rank[(i % world) * len(turns) + i // world] for i in range(len(items))]
+
     def gather(self, value: list[Any]) -> list[Any]:
         """The lists of all ranks, one after the other. Collective."""
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        _, world = self.rank_and_world
+        if world == 1:
             return value
-        lists: list[Any] = [None] * dist.get_world_size()
+        lists: list[Any] = [None] * world
         dist.all_gather_object(lists, value)
         return [item for part in lists for item in part]
 

@@ -32,14 +32,21 @@ EXACT_AT_MOST = 8
 def ar_nats(models: Models, batch: Batch, facts: Facts, layout: Layout | None = None) -> Tensor:
     """[B] negative log-likelihood of each row's supervised tokens, each by the output before it. `layout`: what tokens
     see, where that is not plainly those before them."""
-    student, targets = models.student, Targets.of(batch)
+    targets = Targets.of(batch)
+    return _per_row(ar_token_nats(models, batch, targets, facts, layout), targets.row, batch)
+
+
+@torch.no_grad()
+def ar_token_nats(models: Models, batch: Batch, targets: Targets, facts: Facts, layout: Layout | None = None) -> Tensor:
+    """[N] the same of each target."""
+    student = models.student
     device, layout = device_of(student), layout or Layout.causal(batch.doc_ids, batch.position_ids)
     source = targets.row * batch.input_ids.shape[1] + targets.col - 1
     hidden = attention.hidden_states(
         student, batch.input_ids.to(device), batch.position_ids.to(device), layout.to(device), facts.attention
     )
     rows, head = flat_rows(hidden, source.to(device)), attention.head_weight(student)
-    return _per_row(token_cross_entropy(rows, head, targets.ids.to(device)), targets.row, batch)
+    return token_cross_entropy(rows, head, targets.ids.to(device))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapt.components import SuiteChoice
 from adapt.evaluate.context import EvalContext
+from adapt.evaluate.grid import Grid
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,11 +47,31 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
     return table
 
 
+def grid_table(grid: Grid) -> Table:
+    """Percent, a row per length."""
+    from rich.table import Table
+
+    table = Table(title=f"{grid.suite}, % right", title_justify="left")
+    table.add_column(f"{grid.row_title} \\ {grid.column_title}")
+    for column in grid.columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, cells in zip(grid.rows, grid.cells, strict=True):
+        table.add_row(name, *("" if cell is None else f"{100 * cell:.0f}" for cell in cells))
+    return table
+
+
 def change(before: float | None, after: float | None) -> str:
     """`-12.3 %`, or nothing where that has no meaning."""
     if not before or after is None or not math.isfinite(before + after):
         return ""
     return f"{100 * (after - before) / abs(before):+.1f} %"
+
+
+def print_grids(grids: Iterable[Grid]) -> None:
+    from rich.console import Console
+
+    for grid in grids:
+        Console().print(grid_table(grid))
 
 
 def print_results(before: Mapping[str, float], after: Mapping[str, float]) -> None:

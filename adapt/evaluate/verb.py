@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from adapt.errors import UserError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from adapt.components import SuiteChoice
     from adapt.config import Recipe
     from adapt.evaluate.context import EvalContext
+    from adapt.evaluate.grid import Grid
     from adapt.generation.load import Opened
 
 ROWS_PER_BATCH = 4
@@ -39,51 +40,64 @@ def evaluate(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     chosen = choices(args.suite, recipe)
+    check_data(chosen, args, recipe)
     opened = open_model(args.model)
     start = start_of(args, recipe)
-    results = runner.evaluate(chosen, context_of(opened, recipe, args.limit, args.seed, chosen, start))
+    grids: list[Grid] = []
+    context = context_of(opened, recipe, args.limit, args.seed, chosen=chosen, start=start, keep=grids.append)
+    results = runner.evaluate(chosen, context)
     if args.json:
-        print(json.dumps(results, indent=1))
+        cells = {"grids": [grid.to_dict() for grid in grids]} if grids else {}
+        print(json.dumps(results | cells, indent=1))
     else:
         runner.print_results({k: v for k, v in (start or {}).items() if k in results}, results)
+        runner.print_grids(grids)
     return 0
 
 
-def start_of(args: argparse.Namespace, recipe: Recipe) -> dict[str, float] | None:
+def start_of(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, float] | None:
     """What the run measured before its first step, where the same is measured now: its own data, as many rows of it."""
     from pathlib import Path
 
     from adapt.report.data import read
 
-    if args.config is not None or (args.limit or recipe.evaluation.limit) != recipe.evaluation.limit:
+    if recipe is None or args.config is not None or (args.limit or recipe.evaluation.limit) != recipe.evaluation.limit:
         return None
     first = next((x for x in read(Path(args.model), "", "").evaluations if x["step"] == 0), None)
     return first and {k.removeprefix("eval/"): v for k, v in first.items() if k.startswith("eval/") and v is not None}
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe given, or the run's own (its last stage: what the run ended with)."""
+def recipe_of(args: argparse.Namespace) -> Recipe | None:
+    """The recipe given, or the run's own (its last stage: what the run ended with); None of a plain model."""
     from pathlib import Path
 
     from adapt.config import load
 
     own = Path(args.model) / "config.yaml"
     if args.config is None and not own.is_file():
+        return None
+    return load(args.config or str(own)).stages[-1]
+
+
+def check_data(chosen: Iterable[SuiteChoice], args: argparse.Namespace, recipe: Recipe | None) -> None:
+    """Raises UserError where a suite needs held-out data and there is none."""
+    needing = ", ".join(dict.fromkeys(c.name for c in chosen if not c.declares("brings_data")))
+    if needing and recipe is None:
         raise UserError(
-            f"{args.model} is no run folder, so say which data to measure on: -c RECIPE (its data.eval is used)"
+            f"{args.model} is no run folder, so say which data to measure {needing} on: -c RECIPE (its data.eval is "
+            f"used)"
         )
-    recipe = load(args.config or str(own)).stages[-1]
-    if not recipe.data.eval:
-        raise UserError(f"{args.config or own} has no held-out data: add data.eval, or give another recipe with -c")
-    return recipe
+    if needing and not recipe.data.eval:
+        named = args.config or f"the recipe of {args.model}"
+        raise UserError(f"{needing}: {named} has no held-out data: add data.eval, or give another recipe with -c")
 
 
-def choices(names: str | None, recipe: Recipe):
+def choices(names: str | None, recipe: Recipe | None):
     """Suites by name, with the recipe's settings where it has them; without names, all of the recipe's."""
     from adapt.components import SuiteChoice
     from adapt.config import decode
 
-    configured = recipe.evaluation.suites
+    configured = recipe.evaluation.suites if recipe else ()
     if names is None:
         return configured or (decode("bpb", SuiteChoice),)
     wanted = dict.fromkeys(n.strip() for n in names.split(",") if n.strip())
@@ -93,13 +107,15 @@ def choices(names: str | None, recipe: Recipe):
 
 def context_of(
     opened: Opened,
-    recipe: Recipe,
+    recipe: Recipe | None,
     limit: int | None,
     seed: int | None,
+    *,
     chosen: tuple[SuiteChoice, ...] = (),
     start: dict[str, float] | None = None,
+    keep: Callable[[Grid], None] = lambda grid: None,
 ) -> EvalContext:
-    """`chosen`: the suites to come, for those that need the recipe's teacher. `start`: see EvalContext."""
+    """`chosen`: the suites to come, for those that need the recipe's teacher. `start`, `keep`: see EvalContext."""
     from functools import partial
 
     from adapt.evaluate.context import EvalContext, guard_labels
@@ -111,21 +127,25 @@ def context_of(
     model = attention.use(opened.model)
     device = next(model.parameters()).device
     root = Root(model, teacher_of(recipe, chosen, opened.tokenizer, device)).eval()
-    sets = held_out(recipe, opened.tokenizer, recipe.evaluation.limit if limit is None else limit)
+    sets = held_out(recipe, opened.tokenizer, limit) if recipe and recipe.data.eval else {}
     return EvalContext(
         call=partial(look, root),
         tokenizer=opened.tokenizer,
         eval_sets=sets,
-        guards=guard_labels(recipe.data, list(sets)),
+        guards=guard_labels(recipe.data, list(sets)) if sets else (),
         start=start,
-        facts=Facts(mask_token_id=getattr(model.config, "mask_token_id", None), attention=recipe.model.attention),
+        keep=keep,
+        facts=Facts(
+            mask_token_id=getattr(model.config, "mask_token_id", None),
+            attention=recipe.model.attention if recipe else "auto",
+        ),
         contract=Contract.of(model.config),
         device=device,
-        seed=recipe.run.seed if seed is None else seed,
+        seed=seed if seed is not None else recipe.run.seed if recipe else 0,
     )
 
 
-def teacher_of(recipe: Recipe, chosen: tuple[SuiteChoice, ...], tokenizer: Any, device: Any):
+def teacher_of(recipe: Recipe | None, chosen: tuple[SuiteChoice, ...], tokenizer: Any, device: Any):
     """The recipe's teacher, where one of the suites compares with it."""
     from dataclasses import replace
 
@@ -134,7 +154,7 @@ def teacher_of(recipe: Recipe, chosen: tuple[SuiteChoice, ...], tokenizer: Any, 
 
     if not any(choice.declares("needs_teacher") for choice in chosen):
         return None
-    if recipe.teacher is None:
+    if recipe is None or recipe.teacher is None:
         names = ", ".join(choice.name for choice in chosen if choice.declares("needs_teacher"))
         raise UserError(
             f"suite {names} compares with a teacher, and the recipe has none: add `teacher: {{base: self}}`"
@@ -149,6 +169,7 @@ def held_out(recipe: Recipe, tokenizer: Any, limit: int | None) -> dict[str, Cal
     from adapt.data.prepare import prepare
     from adapt.data.stream import eval_batches
 
+    limit = recipe.evaluation.limit if limit is None else limit
     return {
         label: partial(eval_batches, shards, recipe.data.seq_len, ROWS_PER_BATCH, limit)
         for label, shards in prepare(recipe, tokenizer, train=False).eval.items()

@@ -30,6 +30,8 @@ class RunData:
     """Logged steps, in order; of a step made twice (a rewind, a resume) the last."""
     evaluations: list[dict[str, Any]]
     """Lines with `eval/<metric>` keys."""
+    grids: list[dict[str, Any]]
+    """Tables of suites: `step`, and what `adapt.evaluate.grid.Grid` has; of a step evaluated twice the last."""
     samples: list[dict[str, Any]]
     manifest: dict[str, Any]
 
@@ -57,6 +59,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
     lines = [x for x in map(_json, _text(path / "metrics.jsonl").splitlines()) if _is_line(x)]
     samples, manifest = _json(_text(path / "samples.json")), _json(_text(path / "data.json"))
     environment = _json(_text(path / "environment.json"))
+    tables = [x for x in map(_json, _text(path / "grids.jsonl").splitlines()) if _is_line(x)]
     return RunData(
         path=path,
         name=name,
@@ -65,6 +68,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
         environment=environment if isinstance(environment, dict) else {},
         train=_last_of_each([x for x in lines if "loss" in x]),
         evaluations=_last_of_each([x for x in lines if any(k.startswith("eval/") for k in x)]),
+        grids=list({(x["step"], x.get("suite")): x for x in tables}.values()),
         samples=[x for x in samples if isinstance(x, dict)] if isinstance(samples, list) else [],
         manifest=manifest if isinstance(manifest, dict) else {},
     )

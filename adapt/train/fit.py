@@ -281,6 +281,7 @@ class _Run:
             tokenizer=self.tokenizer,
             eval_sets=sets,
             reduce=reduce,
+            keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
             guards=guard_labels(recipe.data, list(sets)),

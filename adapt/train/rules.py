@@ -166,8 +166,10 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
     evaluation, data = recipe.evaluation, recipe.data
     if (evaluation.best or evaluation.stop) and not evaluation.suites:
         yield Problem("evaluation.suites", "best and stop rules need something measured; add a suite, e.g. bpb")
-    if evaluation.suites and not data.eval:
-        yield Problem("data.eval", "suites measure on held-out data, and there is none; add a source")
+    needing = [s.name for s in evaluation.suites if not s.declares("brings_data")]
+    if needing and not data.eval:
+        names = ", ".join(dict.fromkeys(needing))
+        yield Problem("data.eval", f"{names}: measured on held-out data, and there is none; add a source")
     for index, rule in enumerate(evaluation.stop):
         for key in ("above", "below"):
             limit = getattr(rule, key)

@@ -170,7 +170,7 @@ def _open(recipe: Recipe, offline: bool, report: Report) -> list[Problem]:
 def _of_metrics(recipe: Recipe, of_data: list[Problem]) -> list[Problem]:
     """Metrics that rules name exist, and no suite overwrites another's."""
     evaluation = recipe.evaluation
-    if not evaluation.suites or not recipe.data.eval or of_data:
+    if not evaluation.suites or of_data:
         return []
     labels = [d.name or d.source.build().label for d in recipe.data.eval]
     owner: dict[str, int] = {}

@@ -49,13 +49,18 @@ def measure(rank: int, world: int) -> dict[str, float]:
         contract=Contract(block_size=4),
     )
     results = {}
-    for name, fields in (("bpb", {}), ("masked_ce", {"t": (0.5, 1.0)}), ("tokens_per_forward", PROMPTS)):
+    for name, fields in SUITES.items():
         entry = suites[name]
         results |= entry.factory(entry.config_type(**fields))(context)
     return results
 
 
-PROMPTS = {"thresholds": (0.9, 0.05), "num_prompts": 3, "prompt_tokens": 8, "new_tokens": 9}
+SUITES = {
+    "bpb": {},
+    "masked_ce": {"t": (0.5, 1.0)},
+    "tokens_per_forward": {"thresholds": (0.9, 0.05), "num_prompts": 3, "prompt_tokens": 8, "new_tokens": 9},
+    "passkey": {"lengths": (250, 400, 280), "depths": 1, "trials": 1},
+}
 
 
 def worker(rank: int, store: str, out: str) -> None:

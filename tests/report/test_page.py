@@ -40,6 +40,9 @@ def make_run(folder, name, steps=20, whole=True):
     (run / "data.json").write_text(
         json.dumps({"train": [train], "eval": {"x": {"label": "x"}}, "fingerprint": "f" * 64})
     )
+    grid = {"suite": "passkey", "rows": ["256", "512"], "columns": ["0-50", EVIL], "trials": 9}
+    grids = [{"step": s, **grid, "cells": [[0.0, s / 40], [0.125, None]]} for s in (0, 10, steps)]
+    (run / "grids.jsonl").write_text("".join(json.dumps(x) + "\n" for x in grids) + '{"step": 5, "rows": 3}\n{"st')
     (run / "environment.json").write_text(json.dumps({"hardware": {"cores": 2, "cpu": "a CPU", "gpus": []}}))
     return run
 
@@ -163,3 +166,24 @@ def test_numbers_in_tables():
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         build(tmp_path, [], None)
+
+
+def test_heat_maps_show_the_first_and_the_last_grid(tmp_path):
+    html = build(make_run(tmp_path, "one"), [], None).read_text()
+    section = html[html.index('<section id="heatmaps">') :]
+    section = section[: section.index("</section>")]
+    assert section.count("<svg") == 1
+    assert "passkey, % right, of 9 trials a cell" in section
+    words = re.findall(r">([^<>]+)</text>", section)
+    assert [w for w in words if w.startswith("step")] == ["step 0", "step 20"]
+    assert words.count("12") == 2  # 0.125 of both
+    assert words.count("50") == 1  # 20 / 40 of the last
+
+
+def test_a_grid_of_another_shape_is_not_compared(tmp_path):
+    run = make_run(tmp_path, "one")
+    grid = {"step": 30, "suite": "passkey", "rows": ["256"], "columns": ["0-100"], "cells": [[1.0]], "trials": 9}
+    (run / "grids.jsonl").open("w").write(json.dumps({**grid, "step": 0, "rows": ["128"]}) + "\n" + json.dumps(grid))
+    html = build(run, [], None).read_text()
+    assert "step 30</text>" in html
+    assert "step 0</text>" not in html

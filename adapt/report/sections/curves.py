@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import re
 from dataclasses import dataclass
 from html import escape
 
 from adapt.components import sections
 from adapt.report.data import RunData, is_number
+from adapt.report.figure import QUIET, inline
 
 APART = ("step", "stage", "tokens", "time")
 MANY = 60
 """Points from which a running mean is drawn over the raw line."""
-QUIET = "#7d8795"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +60,7 @@ def _plot(key: str, runs: list[RunData]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.ticklabel_format(axis="y", scilimits=(-3, 6), useMathText=False)
-        out = io.StringIO()
-        figure.savefig(
-            out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    return _inline(out.getvalue(), f"{key} against the step")
+        return inline(figure, f"{key} against the step")
 
 
 def _draw(axes, run: RunData, key: str) -> None:
@@ -97,10 +91,3 @@ def _smooth(values) -> list[float]:
 def _stage_starts(run: RunData) -> list[int]:
     pairs = zip(run.train, run.train[1:], strict=False)
     return [b["step"] for a, b in pairs if a.get("stage") != b.get("stage")]
-
-
-def _inline(svg: str, label: str) -> str:
-    """The drawing without its file header; nothing in it refers to the outside."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns:xlink|xmlns)="[^"]*"', "", svg).replace("xlink:href", "href")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
