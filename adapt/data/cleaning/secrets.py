@@ -16,7 +16,7 @@ from adapt.data.documents import Document
 
 KEYS = {
     "PRIVATE_KEY": r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:.|\n)*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)",
-    "AWS_KEY": r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b",
+    "AWS_KEY": r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}(?![A-Z0-9])",
     "GITHUB_TOKEN": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{22,255})",
     "GITLAB_TOKEN": r"\bgl(?:pat|dt|rt|ptt)-[A-Za-z0-9_-]{20,}",
     "SLACK_TOKEN": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|https://hooks\.slack\.com/services/[A-Za-z0-9/]{20,}",
@@ -34,9 +34,8 @@ PASSWORDS = {
     "SECRET": r"(?i)(?P<before>(?:passw(?:or)?d|secret(?:_access_key)?|api_?key|(?:auth|access)_token)[\"']?\s{0,3}[:=]\s{0,3})"
     r"[\"'][^\s\"'<>]{8,}[\"']",
 }
-EMAILS = {
-    "EMAIL": r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
-}
+ADDRESS = r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
+EMAILS = {"EMAIL": f"<{ADDRESS}>|{ADDRESS}"}
 IBANS = {"IBAN": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"}
 HINTS = {
     "PRIVATE_KEY": ("PRIVATE KEY",), "AWS_KEY": ("AKIA", "ASIA", "ABIA", "ACCA"), "GITHUB_TOKEN": ("gh", "github_pat_"),
