@@ -151,22 +151,27 @@ class _Page:
 
     def _mdoc(self, words: list[str]) -> list[str]:
         """Macros may stand among their own arguments: flags get their dash, quotes their marks, the rest is text."""
-        out: list[str] = []
+        out = [""]
         closing = ""
+        glued = True
         for word in words:
-            if word in ("Fl", "Nd"):
-                out.append("-")
+            if word == "Nd":
+                word, glue = "-", False
+            elif word == "Fl":  # a flag's dash belongs to the next word
+                word, glue = "-", True
             elif word in MDOC_QUOTES:
-                out.append(MDOC_QUOTES[word][0])
-                closing = MDOC_QUOTES[word][1] + closing
+                word, end = MDOC_QUOTES[word]
+                closing, glue = end + closing, True
             elif word in MDOC:
                 continue
-            elif out and (out[-1] in ("-", "(", "[", "“", "‘", "<", "{") or re.fullmatch(r"[.,;:)\]]", word)):
+            else:
+                glue = False
+            if glued or re.fullmatch(r"[.,;:)\]]", word):
                 out[-1] += word
             else:
                 out.append(word)
-        if closing:
-            out[-1:] = [(out[-1] if out else "") + closing]
+            glued = glue
+        out[-1] += closing
         return out
 
     def _tagged(self, text: str) -> None:

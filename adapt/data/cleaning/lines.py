@@ -21,8 +21,8 @@ GAPS = re.compile(r"\n{3,}")
 @dataclass(frozen=True, kw_only=True)
 class LinesConfig:
     min_length: int = 40
-    """Characters a line needs to count: shorter ones (headings, code) may repeat."""
-    min_words: int = 10
+    """Characters a line needs to count: shorter ones (headings) may repeat, and indented ones (code) in any case."""
+    min_words: int = 20
     """Documents that lost a line and have fewer words left are dropped."""
 
 
@@ -50,7 +50,10 @@ class Lines:
         return dataclasses.replace(document, text=text)
 
     def _is_new(self, line: str) -> bool:
-        """Whether the line is short or seen for the first time; it is remembered. Case and spacing make no other line."""
+        """Whether the line may stay: short, indented, or seen for the first time; then it is remembered. Case and spacing
+        make no other line."""
+        if line[:1].isspace():
+            return True
         normal = " ".join(line.casefold().split())
         if len(normal) < self.config.min_length:
             return True

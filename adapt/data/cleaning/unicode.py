@@ -15,9 +15,11 @@ from adapt.components import cleaners
 from adapt.data.cleaning.base import map_strings
 from adapt.data.documents import Document
 
-PLAIN = re.compile(r"[\n\t -~]*")
-INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
-"""Soft hyphens, zero-width spaces, byte-order marks, annotations. Joiners stay: some scripts need them."""
+PLAIN = re.compile(r"[\n\t -~“”‘’–—…•]*")
+"""Nothing to repair: damage needs letters beyond ASCII, or control characters. Most lines are like that."""
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
+"""Control characters, soft hyphens, zero-width spaces, byte-order marks, annotations. Joiners stay: some scripts need them."""
+LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\u2028\u2029]")
 ROUNDS = 8
 """One repair may reveal another; it has never taken more than three."""
 
@@ -56,8 +58,10 @@ class Unicode:
     def _once(self, text: str) -> str:
         import ftfy
 
-        text = ftfy.fix_text(INVISIBLE.sub("", text), _options(self.config.mojibake))
-        text = text.replace("\x0b", "\n").replace("\x0c", "\n")
+        lines = LINE_ENDS.sub("\n", text).split("\n")
+        options = _options(self.config.mojibake)
+        text = "\n".join(line if PLAIN.fullmatch(line) else ftfy.fix_text(line, options) for line in lines)
+        text = INVISIBLE.sub("", text)  # not before: a soft hyphen may be half of a damaged letter
         return unicodedata.normalize(self.config.form, text) if self.config.form else text
 
 

@@ -15,7 +15,7 @@ from adapt.components import CleanerChoice, sources
 from adapt.config.decode import encode
 from adapt.data.corpora import CorpusPart, load_corpus
 from adapt.data.documents import BadRecord, Document, Source
-from adapt.data.splits import places
+from adapt.data.splits import place, share
 from adapt.errors import Problem, UserError, nearest
 
 VERSION = 1
@@ -100,13 +100,12 @@ class CorpusSource:
                 if isinstance(item, BadRecord):
                     yield item
                     continue
-                place, share = places(item)
-                if share >= part.fraction:
+                if part.fraction < 1 and share(item) >= part.fraction:
                     continue
                 if part.max_documents is not None and taken >= part.max_documents:
                     break
                 taken += 1
-                which = self._split.part(place)
+                which = self._split.part(place(item))
                 if self.config.split in (which, "all"):
                     facts = {"part": label, "licence": part.licence, "split": which}
                     yield dataclasses.replace(item, meta=item.meta | facts)
