@@ -245,19 +245,24 @@ def _push(args: argparse.Namespace) -> int:
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["fetch", "prepare", "stats"],
+        choices=["fetch", "prepare", "stats", "clean"],
         help="fetch: open every source and read its first document (no copy is made); prepare: read the texts and build "
-        "the token shards; stats: print their manifest",
+        "the token shards; stats: print their manifest; clean: run the cleaning steps alone, on many machines if need be, "
+        "and write the texts",
     )
     _recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="stats as JSON")
+    from adapt.data.clean_verb import add_arguments
+
+    add_arguments(parser)
 
 
 def _data(args: argparse.Namespace) -> int:
     resolved = _load(args)
-    from adapt.data import verbs
+    from adapt.data import clean_verb, verbs
 
-    return {"fetch": verbs.fetch, "prepare": verbs.prepare_verb, "stats": verbs.stats}[args.what](resolved, args)
+    verb = {"fetch": verbs.fetch, "prepare": verbs.prepare_verb, "stats": verbs.stats, "clean": clean_verb.clean}
+    return verb[args.what](resolved, args)
 
 
 def _recipes(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapt.data.documents import BadRecord, Document
+from adapt.data.plain_text import pieces
 
 LISTED = 100
 """Malformed records and parts that the manifest lists one by one."""
@@ -22,7 +23,7 @@ def size_of(document: Document) -> Size:
     num_bytes = num_words = 0
     for string in document.strings():
         num_bytes += len(string) if string.isascii() else len(string.encode())
-        num_words += len(string.split())
+        num_words += sum(len(piece.split()) for piece in pieces(string))
     return num_bytes, num_words
 
 

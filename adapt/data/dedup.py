@@ -6,11 +6,13 @@ import hashlib
 import re
 import unicodedata
 from array import array
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 
 from adapt.data.documents import Document
+from adapt.data.plain_text import pieces
 
 PERMUTATIONS = 128
 SHINGLE = 5
@@ -21,12 +23,29 @@ EXACT, NEAR, HELD_OUT = "exact duplicate", "near duplicate", "also in held-out d
 
 def normalised(document: Document) -> str:
     """Case, spacing and Unicode composition do not make another document."""
-    text = "\n".join(document.strings())
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return "".join(normal_pieces(document))
 
 
-def text_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def normal_pieces(document: Document) -> Iterator[str]:
+    """The normalised text in pieces of about a million characters, so that a huge document is never split into all its
+    words at once."""
+    before, has_begun = " ", False
+    for string in document.strings():
+        for number, piece in enumerate(pieces(string)):
+            text = " ".join(unicodedata.normalize("NFC", piece).casefold().split())
+            is_apart = not number or before[-1:].isspace() or piece[:1].isspace()
+            if text:
+                yield f" {text}" if has_begun and is_apart else text
+                has_begun = True
+            before = piece
+
+
+def text_hash(*texts: str) -> int:
+    """64 bits of the texts one after the other."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        digest.update(text.encode())
+    return int.from_bytes(digest.digest(), "little")
 
 
 class Deduplicator:
@@ -105,14 +124,18 @@ def held_out(label: str) -> str:
     return f"{HELD_OUT} ({label})"
 
 
-def minhash(text: str) -> np.ndarray:
-    """[128] uint32 signature of the text's 5-word shingles; the share of equal entries estimates the Jaccard index."""
-    words = WORDS.findall(text)
-    shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+def minhash(*texts: str) -> np.ndarray:
+    """[128] uint32 signature of the 5-word shingles of the texts one after the other; the share of equal entries
+    estimates the Jaccard index."""
     sketch = _empty().copy()
-    pieces = [s.encode() for s in sorted(shingles)]
-    for start in range(0, len(pieces), 4096):  # bounds the (shingles x permutations) matrix of a long document
-        sketch.update_batch(pieces[start : start + 4096])
+    before: list[str] = []
+    for text in texts:
+        words = before + WORDS.findall(text)
+        shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+        encoded = [s.encode() for s in sorted(shingles)]
+        for start in range(0, len(encoded), 4096):  # bounds the (shingles x permutations) matrix of a long document
+            sketch.update_batch(encoded[start : start + 4096])
+        before = words[1 - SHINGLE :]
     return np.array(sketch.hashvalues, np.uint32)
 
 

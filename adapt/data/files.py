@@ -79,7 +79,7 @@ def decode(data: bytes, where: str, start: int = 0, lines: bool = False) -> str:
         where = f"{where}:{data.count(NEWLINE, 0, error.start) + 1}" if lines else where
         raise UserError(
             f"{where}: byte {start + error.start:,d} (0x{byte:02x}) is not UTF-8; convert the file "
-            "(for instance with `iconv -t UTF-8`) or remove it"
+            "(for instance with `iconv -t UTF-8`), remove it, or set encoding=auto"
         ) from None
 
 
@@ -87,7 +87,7 @@ def lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset of the line, the line without its end or a byte-order mark). Reads `.gz` too."""
     offset = 0
     try:
-        with _open(file) as stream:
+        with open_bytes(file) as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1 and line.startswith(codecs.BOM_UTF8):
                     offset, line = len(codecs.BOM_UTF8), line[len(codecs.BOM_UTF8) :]
@@ -101,5 +101,14 @@ def unreadable(file: object, error: Exception) -> UserError:
     return UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def _open(file: Path) -> IO[bytes]:
+def head(file: Path, size: int) -> bytes:
+    """The first bytes of a file; of a `.gz`, of what it holds."""
+    try:
+        with open_bytes(file) as stream:
+            return stream.read(size)
+    except (OSError, EOFError) as error:
+        raise unreadable(file, error) from None
+
+
+def open_bytes(file: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")

@@ -10,13 +10,11 @@ import numpy as np
 
 from adapt.components import SourceChoice
 from adapt.config.schema import Recipe
-from adapt.data.dedup import normalised
+from adapt.data.dedup import normal_pieces
 from adapt.data.documents import BadRecord, Source
-from adapt.data.ngrams import ngrams, words
+from adapt.data.ngrams import ngrams, word_hashes
 from adapt.data.shards import TokenShards
 from adapt.errors import UserError
-
-AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,9 @@ def suite_sources(recipe: Recipe) -> Iterator[tuple[str, SourceChoice]]:
 
 def write_ngrams(source: Source, n: int, file: Path) -> None:
     """Raises UserError if the source has no document."""
-    found, batch = [], []
-    for item in source.documents():
-        if not isinstance(item, BadRecord):
-            batch.append(words(normalised(item)))
-        if len(batch) == AT_ONCE:
-            found.append(ngrams(batch, n)[0])
-            batch = []
-    found.append(ngrams(batch, n)[0])
-    table = np.unique(np.concatenate(found))
+    documents = (d for d in source.documents() if not isinstance(d, BadRecord))
+    found = [grams for grams, _ in ngrams((word_hashes(*normal_pieces(d)) for d in documents), n)]
+    table = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
     if not len(table):
         raise UserError(f"{source.where}: there is no document in it to measure on")
     np.save(file, table, allow_pickle=False)

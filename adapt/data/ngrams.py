@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -18,6 +18,8 @@ WORDS = re.compile(r"\w+")
 ASCII_WORDS = bytes(c if chr(c) in string.ascii_letters + string.digits + "_" else 32 for c in range(256))
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 REMEMBERED = 2**20
+BLOCK = 2**18
+"""Words whose n-grams are made at once."""
 
 
 def words(text: str) -> list[bytes]:
@@ -40,22 +42,44 @@ class _Hashes(dict):
 _hashes = _Hashes()
 
 
-def ngrams(documents: Sequence[list[bytes]], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes [N] uint64, number of the document of each [N] int64) of documents given as words."""
-    lengths = np.array([len(d) for d in documents], np.int64)
-    flat = np.array([h for d in documents for h in map(_hashes.__getitem__, d)], np.uint64)
-    owner = np.repeat(np.arange(len(documents)), lengths)
+def word_hashes(*texts: str) -> np.ndarray:
+    """[words] uint64 of normalised texts one after the other."""
+    parts = [np.array(list(map(_hashes.__getitem__, words(text))), np.uint64) for text in texts]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def ngrams(documents: Iterable[np.ndarray], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(hashes [N] uint64, number of the document of each [N] int64) of documents given as word hashes; block by block,
+    so that a huge document costs no more than its words."""
+    block: list[np.ndarray] = []
+    numbers: list[int] = []
+    size = 0
+    for number, document in enumerate(documents):
+        for start in range(0, max(1, len(document) - n + 1), BLOCK):
+            part = document[start : start + BLOCK + n - 1]
+            block.append(part)
+            numbers.append(number)
+            size += len(part)
+            if size >= BLOCK:
+                yield _of_block(block, np.array(numbers), n)
+                block, numbers, size = [], [], 0
+    if block:
+        yield _of_block(block, np.array(numbers), n)
+
+
+def _of_block(parts: list[np.ndarray], numbers: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(p) for p in parts], np.int64)
+    flat = np.concatenate(parts)
+    owner = np.repeat(np.arange(len(parts)), lengths)
     ends = np.cumsum(lengths)
     first = np.arange(max(0, len(flat) - n + 1))
-    inside = first + n <= ends[owner[: len(first)]] if len(first) else np.zeros(0, bool)
-    first = first[inside]
+    first = first[first + n <= ends[owner[: len(first)]]]
     grams = np.zeros(len(first), np.uint64)
     for place in range(n):
         grams = grams * FACTOR + flat[first + place]
-    owners = owner[first]
     short = np.flatnonzero((lengths > 0) & (lengths < n))
     whole = [_whole(flat[ends[d] - lengths[d] : ends[d]]) for d in short]
-    return np.concatenate([grams, np.array(whole, np.uint64)]), np.concatenate([owners, short])
+    return np.concatenate([grams, np.array(whole, np.uint64)]), numbers[np.concatenate([owner[first], short])]
 
 
 def _whole(hashes: np.ndarray) -> np.uint64:

@@ -10,6 +10,7 @@ from adapt.config.load import Resolved
 from adapt.config.schema import Recipe
 from adapt.data.documents import BadRecord
 from adapt.data.prepare import Prepared, open_sources, prepare
+from adapt.data.stats import tables as stats_tables
 from adapt.errors import Problem, UserError
 
 
@@ -72,36 +73,11 @@ def stats(resolved: Resolved, args: argparse.Namespace) -> int:
         return 0
     console = Console()
     for manifest, prepared in manifests:
-        for table in _tables(prepared):
+        labelled = [(label, {**s.manifest, "fingerprint": s.fingerprint}) for label, s in _labelled(prepared)]
+        for table in stats_tables(labelled, console.width):
             console.print(table)
         console.print(f"fingerprint {manifest['fingerprint']}", markup=False)
     return 0
-
-
-def _tables(prepared: Prepared) -> list[Any]:
-    from rich.table import Table
-
-    size = Table("dataset", title="Data", title_justify="left")
-    for name in ("bytes", "documents", "words", "tokens", "learned", "bytes/token"):
-        size.add_column(name, justify="right")
-    size.add_column("licence")
-    size.add_column("sha256")
-    counts = Table("dataset", "step", title="Documents in and out", title_justify="left")
-    for name in ("in", "out"):
-        counts.add_column(name, justify="right")
-    counts.add_column("dropped")
-    bad = Table("dataset", "where", "what", title="Malformed records", title_justify="left")
-    for label, shards in _labelled(prepared):
-        m = shards.manifest
-        numbers = [f"{m[k]:,d}" for k in ("bytes", "documents", "words", "tokens", "target_tokens")]
-        ratio = f"{m['bytes'] / max(1, m['target_tokens']):.2f}"
-        size.add_row(label, *numbers, ratio, m["licence"] or "not stated", shards.fingerprint[:16])
-        for step in m["steps"]:
-            dropped = ", ".join(f"{n:,d} {why}" for why, n in step["dropped"].items() if n)
-            counts.add_row(label, step["step"], f"{step['in']:,d}", f"{step['out']:,d}", dropped)
-        for record in m["bad_lines"]["listed"]:
-            bad.add_row(label, record["where"], record["what"])
-    return [size, counts, *([bad] if bad.row_count else [])]
 
 
 def _labelled(prepared: Prepared) -> list[tuple[str, Any]]:

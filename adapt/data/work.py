@@ -13,11 +13,11 @@ import numpy as np
 
 from adapt.components import CleanerChoice
 from adapt.data.counts import Size, Tally, size_of
-from adapt.data.dedup import minhash, normalised, text_hash
+from adapt.data.dedup import minhash, normal_pieces, text_hash
 from adapt.data.document_weights import DocumentWeight
 from adapt.data.documents import BadRecord, Document
 from adapt.data.encode import Encoded, Encoder, of_text
-from adapt.data.ngrams import Filter, ngrams, words
+from adapt.data.ngrams import Filter, ngrams, word_hashes
 
 EMPTY, EMPTIED = "empty", "nothing is left"
 CONTAMINATED = "decontaminate"
@@ -125,13 +125,13 @@ class Work:
         return Cleaned([i for i, _, _ in state], changed, [s for _, _, s in state], tallies, keys)
 
     def _finish(self, state: list) -> tuple[list, Keys, Tally | None]:
-        texts = [normalised(d) for _, d, _ in state]
+        texts = [list(normal_pieces(d)) for _, d, _ in state]
         keys, tally = Keys(), None
         if self.n is not None:
-            grams, owner = ngrams([words(t) for t in texts], self.n)
+            documents = [word_hashes(*pieces) for pieces in texts]
             if self.held_out:
                 tally = Tally(CONTAMINATED)
-                reasons = self._contaminated(grams, owner, len(state))
+                reasons = self._contaminated(documents)
                 for (_, _, size), reason in zip(state, reasons, strict=True):
                     tally.enter(size)
                     if reason is None:
@@ -141,17 +141,17 @@ class Work:
                 left = [i for i, reason in enumerate(reasons) if reason is None]
                 state, texts = [state[i] for i in left], [texts[i] for i in left]
             if self.own_grams:
-                order = np.argsort(owner, kind="stable")
-                keys.grams = np.split(grams[order], np.cumsum(np.bincount(owner, minlength=len(texts)))[:-1])
-        keys.hashes = [text_hash(t) for t in texts]
-        keys.signatures = [minhash(t) for t in texts] if self.near else []
+                keys.grams = [np.concatenate([g for g, _ in ngrams([d], self.n)]) for d in documents]
+        keys.hashes = [text_hash(*pieces) for pieces in texts]
+        keys.signatures = [minhash(*pieces) for pieces in texts] if self.near else []
         return state, keys, tally
 
-    def _contaminated(self, grams: np.ndarray, owner: np.ndarray, count: int) -> list[str | None]:
-        reasons: list[str | None] = [None] * count
-        for label, shared in self._filters:
-            for i in np.unique(owner[shared(grams)]).tolist():
-                reasons[i] = reasons[i] or contaminated(self.n, label)
+    def _contaminated(self, documents: list[np.ndarray]) -> list[str | None]:
+        reasons: list[str | None] = [None] * len(documents)
+        for grams, owner in ngrams(documents, self.n):
+            for label, shared in self._filters:
+                for i in np.unique(owner[shared(grams)]).tolist():
+                    reasons[i] = reasons[i] or contaminated(self.n, label)
         return reasons
 
     def tokenise(self, documents: list[Document]) -> tuple[list[list[Encoded] | BadRecord], list[float] | None]:

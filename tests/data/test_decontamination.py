@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from adapt.components import SuiteChoice
 from adapt.config.decode import decode
-from adapt.data.dedup import EXACT, NEAR
-from adapt.data.ngrams import Filter, ngrams, words
+from adapt.data import ngrams as ngrams_module
+from adapt.data import plain_text
+from adapt.data.dedup import EXACT, NEAR, minhash, normal_pieces, normalised, text_hash
+from adapt.data.documents import Document
+from adapt.data.ngrams import Filter, ngrams, word_hashes, words
 from adapt.data.prepare import prepare
 from adapt.errors import UserError
 from tests.data.helpers import recipe, text_of, write_jsonl
@@ -99,18 +102,41 @@ def test_another_length_is_another_preparation(tmp_path, tokenizer):
     assert prepared(tmp_path, tokenizer, train, held_out, decontaminate=8).train[0].num_documents == 1
 
 
-@given(st.lists(st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=9), max_size=6), st.integers(2, 5))
-def test_ngrams_are_those_of_each_document_alone(documents, n):
-    hashes, owner = ngrams(documents, n)
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=9), max_size=6), st.integers(2, 5), st.integers(1, 30))
+def test_ngrams_are_those_of_each_document_alone(documents, n, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams_module, "BLOCK", block)
+        found = list(ngrams([word_hashes(" ".join(d)) for d in documents], n))
+    hashes, owner = (np.concatenate(x) if x else np.empty(0) for x in (list(zip(*found, strict=True)) or [[], []]))
     named: dict[tuple, int] = {}
     for i, document in enumerate(documents):
         runs = [tuple(document[k : k + n]) for k in range(len(document) - n + 1)] or [tuple(document)]
         expected = [r for r in runs if r]
-        found = hashes[owner == i].tolist()
-        assert len(found) == len(expected)
-        for run, value in zip(expected, found, strict=True):
+        own = hashes[owner == i].tolist()
+        assert len(own) == len(expected)
+        for run, value in zip(expected, own, strict=True):
             assert named.setdefault(run, value) == value
     assert len(set(named.values())) == len(named)
+
+
+@given(st.text(alphabet="aÄ\u0308 \n", max_size=60), st.integers(3, 20))
+def test_a_long_text_is_normalised_as_a_short_one(text, size):
+    spaced = " ".join(text.split())
+    whole = Document(id="x", text=text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain_text, "PIECE", size)
+        found = normalised(whole)
+        parts = list(normal_pieces(whole))
+    if max(map(len, spaced.split()), default=0) < size:  # else a word may be cut between a letter and its accent
+        assert found == normalised(whole)
+    assert text_hash(*parts) == text_hash(found)
+    assert len(word_hashes(*parts)) >= len(word_hashes(found))
+
+
+def test_the_signature_of_a_long_text_is_that_of_the_whole():
+    text = " ".join(page(5, 400))
+    cut = text.index(" ", 1000)
+    assert minhash(text[:cut], text[cut:]).tolist() == minhash(text).tolist()
 
 
 @given(st.text())

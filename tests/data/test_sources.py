@@ -166,6 +166,65 @@ def test_undecodable_bytes_are_named_by_file_and_offset(tmp_path):
         documents(f"text:{tmp_path}/latin.txt")
 
 
+def test_encodings_by_name_and_found_out(tmp_path):
+    """Windows-1252 and UTF-16 files in one folder, and JSON lines in two encodings in one file."""
+    german = "Für Größe und Übermut gibt es „Bücher“ – schöne, süße Bücher über Äpfel."
+    (tmp_path / "a.txt").write_bytes(german.encode("cp1252"))
+    (tmp_path / "b.txt").write_bytes(german.encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes(german.encode("utf-8-sig"))
+    mixed = [
+        json.dumps({"text": f"{german} {i}"}, ensure_ascii=False).encode(("cp1252", "utf-8")[i % 2]) for i in range(9)
+    ]
+    (tmp_path / "m.jsonl").write_bytes(b"\r\n".join(mixed))
+    (tmp_path / "w.jsonl").write_bytes(
+        "\n".join(json.dumps({"text": f"{i} {german}"}, ensure_ascii=False) for i in range(3)).encode("utf-16")
+    )
+    read = documents({"name": "path", "path": str(tmp_path), "encoding": "auto"})
+    assert [d.text.replace(german, "*") for d in read] == ["*"] * 3 + [f"* {i}" for i in range(9)] + [
+        f"{i} *" for i in range(3)
+    ]
+    assert [d.meta["encoding"] for d in read[:3]] == ["cp1252", "utf-16", "utf-8"]
+    assert {d.meta["encoding"] for d in read[-3:]} == {"utf-16"}
+    named = documents({"name": "text", "path": str(tmp_path / "a.txt"), "encoding": "cp1252"})
+    assert [d.text for d in named] == [german]
+    assert (
+        documents({"name": "jsonl", "path": str(tmp_path / "w.jsonl"), "encoding": "utf-16"})[0].text == f"0 {german}"
+    )
+
+
+def test_encodings_that_do_not_fit_are_named(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match=r"x.txt: byte 3 \(0xff\) is not ascii; encoding=auto"):
+        documents({"name": "text", "path": str(tmp_path / "x.txt"), "encoding": "ascii"})
+    (tmp_path / "x.jsonl").write_bytes('{"text": "a"}\n{"text"'.encode("utf-16") + b"\x00")
+    with pytest.raises(UserError, match=r"x.jsonl, after line 1, as utf-16: cannot be read"):
+        documents({"name": "jsonl", "path": str(tmp_path / "x.jsonl"), "encoding": "auto"})
+    with pytest.raises(UserError, match="encoding='utf-9' is none"):
+        source({"name": "jsonl", "path": str(tmp_path / "x.jsonl"), "encoding": "utf-9"})
+
+
+def test_what_was_decoded_how_is_in_the_manifest(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_bytes("süß und größer, für Übermütige".encode("cp1252"))
+    (tmp_path / "b.txt").write_text("plain")
+    entry = {"source": {"name": "path", "path": str(tmp_path), "encoding": "auto"}}
+    manifest = prepare(recipe([entry]), tokenizer, progress=False).train[0].manifest
+    assert sum(manifest["encodings"].values()) == 2
+    assert manifest["encodings"]["utf-8"] == 1
+    plain = {"source": f"text:{tmp_path / 'b.txt'}"}
+    assert "encodings" not in prepare(recipe([plain]), tokenizer, progress=False).train[0].manifest
+
+
+def test_odd_bytes_and_copies_are_counted_and_crash_nothing(tmp_path, tokenizer):
+    """NULs, an empty document, the same file twice in a folder."""
+    (tmp_path / "a.txt").write_bytes(b"one\x00two")
+    (tmp_path / "copy.txt").write_bytes(b"one\x00two")
+    write_jsonl(tmp_path / "e.jsonl", [{"text": ""}, {"text": "\x00"}])
+    shards = prepare(recipe([{"source": f"path:{tmp_path}"}]), tokenizer, progress=False).train[0]
+    dropped = {k: v for s in shards.manifest["steps"] for k, v in s["dropped"].items()}
+    assert dropped == {"empty": 1, "exact duplicate": 1}
+    assert shards.num_documents == 2
+
+
 def test_fingerprint_follows_the_contents_and_options_not_the_place(tmp_path):
     def print_of(folder, **options):
         return source({"name": "jsonl", "path": str(tmp_path / folder), **options}).fingerprint()

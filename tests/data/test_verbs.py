@@ -61,8 +61,9 @@ def test_prepare_says_where_the_shards_lie(resolved, capsys, tmp_path):
     assert str(tmp_path / "cache" / "data" / "apart-") in second
 
 
-def test_stats_prints_the_manifest(resolved, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_stats_prints_the_manifest(resolved, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert stats(resolved, args()) == 0
     out = capsys.readouterr().out
     for word in (
@@ -72,10 +73,12 @@ def test_stats_prints_the_manifest(resolved, capsys, monkeypatch):
         "not stated",
         "deduplicate",
         "1 malformed",
-        "train.jsonl:21",
         "fingerprint",
     ):
         assert word in out
+    assert "train.jsonl:21" in "".join(out.split()) or columns < 200
+    assert all(len(line) <= columns for line in out.splitlines())
+    assert "…" not in out
     assert stats(resolved, args(json=True)) == 0
     (manifest,) = json.loads(capsys.readouterr().out)
     assert manifest["train"][0]["bad_lines"]["count"] == 1

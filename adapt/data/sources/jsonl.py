@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapt.components import sources
-from adapt.data import files
+from adapt.data import decoding, files
 from adapt.data.documents import BadRecord, Document
 from adapt.data.records import Fields, to_document
 from adapt.errors import UserError
@@ -24,31 +24,42 @@ class JsonlConfig:
     """Names of the fields, where they are not the usual ones."""
     licence: str | None = None
     """Printed in the manifest and the model card."""
+    encoding: str = "utf-8"
+    """How bytes are read: `utf-8`, a name such as `cp1252` or `utf-16`, or `auto`: UTF-8 or what the bytes look like, line
+    by line in JSONL; counted in the manifest."""
+
+    def __post_init__(self) -> None:
+        decoding.check(self.encoding)
 
 
 class JsonlSource:
-    def __init__(self, where: str, found: list[Path], fields: Fields, licence: str | None):
+    def __init__(self, where: str, found: list[Path], fields: Fields, licence: str | None, encoding: str = "utf-8"):
         self.where, self.files, self.fields, self.licence = where, found, fields, licence
+        self.encoding = encoding
         self.label = Path(where).name.split(".")[0] or "jsonl"
 
     def fingerprint(self) -> str:
-        return files.fingerprint(self.files, "jsonl", self.fields)
+        return files.fingerprint(self.files, "jsonl", self.fields, *decoding.option(self.encoding))
 
     def documents(self) -> Iterator[Document | BadRecord]:
         for file in self.files:
-            for number, offset, line in files.lines(file):
-                if line.strip():
-                    yield self._document(line, f"{file}:{number}", offset, file.name)
+            for number, line, encoding in decoding.lines(file, self.encoding):
+                if isinstance(line, UserError) or line.strip():
+                    yield self._document(line, f"{file}:{number}", file.name, encoding)
 
-    def _document(self, line: bytes, where: str, offset: int, part: str) -> Document | BadRecord:
+    def _document(self, line: str | UserError, where: str, part: str, encoding: str) -> Document | BadRecord:
+        if isinstance(line, UserError):
+            return BadRecord(where, str(line).removeprefix(f"{where}: "))
         try:
-            record = json.loads(files.decode(line, where, offset))
-        except (UserError, ValueError, RecursionError) as error:
-            what = str(error).removeprefix(f"{where}: ")
-            return BadRecord(where, what if isinstance(error, UserError) else f"not a JSON object: {what}")
-        return to_document(record, self.fields, where, part)
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return BadRecord(where, f"not a JSON object: {error}")
+        document = to_document(record, self.fields, where, part)
+        if isinstance(document, Document) and self.encoding != decoding.UTF8:
+            document.meta["encoding"] = encoding
+        return document
 
 
 @sources.register("jsonl")
 def jsonl(config: JsonlConfig) -> JsonlSource:
-    return JsonlSource(config.path, files.find(config.path, SUFFIXES), config.fields, config.licence)
+    return JsonlSource(config.path, files.find(config.path, SUFFIXES), config.fields, config.licence, config.encoding)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapt.components import sources
-from adapt.data import files
+from adapt.data import decoding, files
 from adapt.data.documents import BadRecord, Document
 from adapt.data.records import Fields
 from adapt.data.sources import jsonl, parquet, text
@@ -27,8 +27,12 @@ class PathConfig:
     """Text between documents within a text file; null: a file is one document."""
     licence: str | None = None
     """Printed in the manifest and the model card."""
+    encoding: str = "utf-8"
+    """How bytes are read: `utf-8`, a name such as `cp1252` or `utf-16`, or `auto`: UTF-8 or what the bytes look like, line
+    by line in JSONL; counted in the manifest."""
 
     def __post_init__(self) -> None:
+        decoding.check(self.encoding)
         if self.separator == "":
             raise ValueError("separator='' parts nothing; give the text between documents, or null")
 
@@ -43,8 +47,8 @@ class PathSource:
             raise UserError(f"{unknown[0]}: cannot tell what is in it; known: {', '.join(SUFFIXES)}")
         self.parts = []
         for suffixes, build in (
-            (text.SUFFIXES, lambda f: text.TextSource(self.where, f, config.separator, None)),
-            (jsonl.SUFFIXES, lambda f: jsonl.JsonlSource(self.where, f, config.fields, None)),
+            (text.SUFFIXES, lambda f: text.TextSource(self.where, f, config.separator, None, config.encoding)),
+            (jsonl.SUFFIXES, lambda f: jsonl.JsonlSource(self.where, f, config.fields, None, config.encoding)),
             (parquet.SUFFIXES, lambda f: parquet.ParquetSource(self.where, f, config.fields, None)),
         ):
             of_kind = [f for f in found if f.name.lower().endswith(suffixes)]
