@@ -132,8 +132,8 @@ def shards(tmp_path_factory):
 def test_the_header_says_what_is_read_of_each_source(shards, tmp_path):
     feed = feed_of(recipe_of(tmp_path, [{"weight": 3}, {"weight": 1}]), shards, State(), 4)
     assert list(feed.reads.values()) == [
-        "75 % of the rows: 60 of 16 tokens, 1.5 epoch(s)",
-        "25 % of the rows: 20 of 16 tokens, 2 epoch(s)",
+        "75 % of the tokens, 60 rows, 1.5 epoch(s)",
+        "25 % of the tokens, 20 rows, 2 epoch(s)",
     ]
     assert (feed.steps, feed.ends_early, feed.notes) == (20, False, [])
 
@@ -150,7 +150,7 @@ def test_too_many_epochs_fail_before_the_first_step_all_at_once(shards, tmp_path
         feed_of(recipe, shards, State(), 4)
     assert [p.where for p in caught.value.problems] == ["data.train[0].max_epochs", "data.train[1].max_epochs"]
     assert "would be read 4 times, and 3 are allowed" in caught.value.problems[1].what
-    assert "trainer.steps=15 is enough for all" in caught.value.problems[1].what
+    assert "there is enough for trainer.steps=15" in caught.value.problems[1].what
     enough = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, steps=15))
     assert feed_of(enough, shards, State(), 4).steps == 15
 
