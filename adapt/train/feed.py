@@ -19,8 +19,8 @@ from adapt.train.state import State
 WEIGHTS = "weights"
 """Key of the plan among the fingerprints of a stage's data."""
 MANY = 4
-"""Epochs of the same text beyond which repetition is worth clearly less than new text (Muennighoff et al. 2023,
-arXiv 2305.16264, section 6)."""
+"""Epochs of the same text up to which repeating it is about as good as new text (Muennighoff et al. 2023, "Scaling
+Data-Constrained Language Models", arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _changed(names: list[str]) -> UserError:
 
 
 def _planned(recipe: Recipe, rows: list[Rows], state: State, rows_per_step: int) -> Feed:
-    data, total, per_step = recipe.data, total_steps(recipe), rows_per_step // rows[0].unit
+    data, total, per_step = recipe.data, total_steps(recipe), max(1, rows_per_step // rows[0].unit)
     phases = [
         (start * per_step, tempered(weights, [r.shards.num_tokens for r in rows], data.temperature))
         for start, weights in weight_phases(data.train, total)
@@ -119,31 +119,33 @@ def _reads(rows: list[Rows], labels: list[str], plan: Plan, units: int) -> tuple
     for i, (label, own) in enumerate(zip(labels, rows, strict=True)):
         count = plan.counts(units)[i]
         new, epochs = (count - plan.read[i]) * own.unit, count / own.num_units
-        share = f"{new * 100 / (units * own.unit):.3g} % of the rows: " if units else ""
-        earlier = f", {plan.read[i] / own.num_units:.3g} of them before this stage" if plan.read[i] else ""
-        reads[label] = f"{share}{new:,} of {own.seq_len:,} tokens, {epochs:.3g} epoch(s){earlier}"
+        share = f"{new * 100 / (units * own.unit):.3g} % of the tokens, " if units else ""
+        earlier = f" ({plan.read[i] / own.num_units:.3g} of them before this stage)" if plan.read[i] else ""
+        reads[label] = f"{share}{new:,} rows, {epochs:.3g} epoch(s){earlier}"
         if epochs > MANY:
             notes.append(
-                f"{label} is read {epochs:.3g} times in all: beyond about {MANY} epochs, text that was read before "
-                f"teaches little; more text, fewer steps or a lower weight may serve better "
+                f"{label} is read {epochs:.3g} times in all: beyond about {MANY} epochs, repeated text is worth less "
+                f"and less; more text, fewer steps or a lower weight may serve better "
                 f"(data.train[{i}].max_epochs sets a limit)"
             )
     return reads, notes
 
 
 def _short(recipe, rows, phases, limits, plan: Plan, units: int, steps: int) -> list[Problem]:
-    """Every source that is read too often, were it not for its limit."""
+    """Every source that would be read too often, were it not for its limit."""
     wanted = Plan(phases, read=list(plan.read)).counts(units)
     trainer = recipe.trainer
-    fewer = (
-        f"trainer.steps={steps:,}" if trainer.steps is not None else f"trainer.tokens={steps * trainer.batch_tokens}"
-    )
+    if trainer.steps is not None:
+        fewer = f"trainer.steps={steps}"
+    else:
+        fewer = f"trainer.tokens={steps * trainer.batch_tokens}"
+    less = f"train for less (there is enough for {fewer}), " if steps else ""
     return [
         Problem(
             f"data.train[{i}].max_epochs",
             f"{rows[i].shards.label} would be read {wanted[i] / rows[i].num_units:.3g} times, and "
-            f"{recipe.data.train[i].max_epochs:g} are allowed; raise it, lower the source's weight, train for less "
-            f"({fewer} is enough for all), or set data.exhausted to `stop` or `renormalise`",
+            f"{recipe.data.train[i].max_epochs:g} are allowed; raise it, lower the source's weight, {less}"
+            "or set data.exhausted to `stop` or `renormalise`",
         )
         for i, limit in enumerate(limits)
         if limit is not None and wanted[i] > limit

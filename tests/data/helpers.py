@@ -20,14 +20,19 @@ _number = itertools.count()
 PAD_ID = 9
 
 
-def make_shards(folder: Path, documents: list[list[int]], roles=None, pairs=False, shard_tokens=50) -> TokenShards:
+def make_shards(
+    folder: Path, documents: list[list[int]], roles=None, pairs=False, shard_tokens=50, weights=None
+) -> TokenShards:
     """Shards of exactly these ids; small files, so that rows cross from one to the next."""
     place = folder / f"shards-{next(_number)}"
     place.mkdir(parents=True)
     writer = ShardWriter(place, np.dtype(np.uint32), shard_tokens)
     for document, role in zip(documents, roles or [None] * len(documents), strict=True):
         writer.add(Encoded(document, role, 3 * len(document)))
-    writer.finish({"label": "made-up", "pairs": pairs, "pad_id": PAD_ID}, {"hashes": np.zeros(0, np.uint64)})
+    arrays = {"hashes": np.zeros(0, np.uint64)}
+    if weights is not None:
+        arrays["weights"] = np.asarray(weights, np.float32)
+    writer.finish({"label": "made-up", "pairs": pairs, "pad_id": PAD_ID}, arrays)
     return TokenShards(place)
 
 
