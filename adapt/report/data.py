@@ -32,6 +32,8 @@ class RunData:
     """Lines with `eval/<metric>` keys."""
     samples: list[dict[str, Any]]
     manifest: dict[str, Any]
+    interpolation: dict[str, Any]
+    """The sweep between start and end: `points` of alpha and results, the `alpha` taken, `why`, `drift` per layer."""
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class RunData:
 def read(path: Path, name: str, colour: str) -> RunData:
     lines = [x for x in map(_json, _text(path / "metrics.jsonl").splitlines()) if _is_line(x)]
     samples, manifest = _json(_text(path / "samples.json")), _json(_text(path / "data.json"))
+    between = _json(_text(path / "interpolation.json"))
     environment = _json(_text(path / "environment.json"))
     return RunData(
         path=path,
@@ -67,6 +70,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
         evaluations=_last_of_each([x for x in lines if any(k.startswith("eval/") for k in x)]),
         samples=[x for x in samples if isinstance(x, dict)] if isinstance(samples, list) else [],
         manifest=manifest if isinstance(manifest, dict) else {},
+        interpolation=between if isinstance(between, dict) else {},
     )
 
 
