@@ -171,11 +171,11 @@ def table(found: Sweep) -> Any:
     from rich.table import Table
 
     metrics = list(dict.fromkeys(m for point in found.points for m in point.results))
-    shown = Table(title="between start and end", title_justify="left")
+    shown = Table(title="between start (alpha 0) and end (1)", title_justify="left")
     shown.add_column("metric", overflow="fold")
     for point in found.points:
         taken = point.alpha == found.alpha
-        shown.add_column(f"{'> ' if taken else ''}alpha {point.alpha:g}", justify="right", no_wrap=True)
+        shown.add_column(f"{'> ' if taken else ''}{point.alpha:g}", justify="right", no_wrap=True)
     for metric in metrics:
         shown.add_row(metric, *(f"{point.results.get(metric, math.nan):.4g}" for point in found.points))
     return shown

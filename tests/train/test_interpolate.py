@@ -93,7 +93,7 @@ def test_the_sweep_is_said_everywhere(tiny_base, tmp_path, capsys):
         assert found["drift"]["norm"] == pytest.approx(moved.item(), rel=1e-5)
     assert set(found["drift"]) == {"embed_tokens", "layer 0", "layer 1", "norm"}
     assert all(value > 0 for value in found["drift"].values())
-    assert "between start and end" in shown
+    assert "between start (alpha 0) and end (1)" in shown
     said = f"theta_0 + {found['alpha']:g} (theta_1 - theta_0)"
     for text in (shown, (run / "log.txt").read_text(), (run / "export" / "README.md").read_text()):
         assert said in text

@@ -25,16 +25,21 @@ class ForgettingConfig:
 @sections.register("forgetting")
 def forgetting_section(config: ForgettingConfig):
     def html(runs: list[RunData]) -> str | None:
-        measured = [run for run in runs if any(forgetting(run, guard) for guard in guards(run))]
+        swept = [run for run in runs if run.interpolation.get("points")]
+        measured = [run for run in runs if run in swept or any(forgetting(run, guard) for guard in guards(run))]
         if not measured:
             return None
         plots = [
             ("forgetting, bits per byte", _curves(measured, guards, forgetting)),
-            ("adaptation gain, bits per byte", _curves(measured, domains, gain)),
+            ("adaptation gain, bits per byte", _curves([r for r in measured if guards(r)], domains, gain)),
         ]
         plots += [(f"drift of each layer, {run.name}", _drift(run)) for run in measured if _layers(run)]
         figures = "".join(f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in plots if svg)
-        return f'<div class="plots">{figures}</div>{_gaps(measured)}{_outcomes(measured)}{_sweeps(measured)}'
+        if figures:
+            names = "".join(f"<span>{_name(run, runs)}</span>" for run in measured)
+            legend = f'<div class="legend">{names}</div>' if len(runs) > 1 else ""
+            figures = f'{legend}<div class="plots">{figures}</div>'
+        return f"{figures}{_gaps(measured)}{_outcomes(measured)}{_sweeps(measured)}"
 
     return html
 
@@ -61,11 +66,12 @@ def _curves(runs: list[RunData], labels, points) -> str:
                     linewidth=1.6,
                     marker="o",
                     markersize=3.5,
-                    label=label if one else f"{run.name}, {label}",
+                    label=label if one or run is runs[0] else None,
                 )
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step", color=QUIET)
-        axes.legend(fontsize=7, frameon=False, labelcolor=QUIET)
+        if len(runs) == 1 or any(len(labels(run)) > 1 for run in runs):  # the runs' colours are in the legend above
+            axes.legend(fontsize=7, frameon=False, labelcolor=QUIET)
 
     return drawing(draw, f"{points.__name__} against the step")
 
@@ -99,6 +105,8 @@ def _gaps(runs: list[RunData]) -> str:
                 cells = [signed(gap.final), signed(gap.depth), gap.deepest, back]
                 rows.append([_name(run, runs), escape(guard), *map(str, cells)])
     heads = ["guard", "forgetting at the end", "stability gap (max)", "at step", "recovered at step"]
+    if not rows:
+        return ""
     return table(([""] if len(runs) > 1 else []) + heads, [row if len(runs) > 1 else row[1:] for row in rows], 1)
 
 

@@ -44,7 +44,8 @@ def _draw(axes: Any, found: list[tuple[RunData, Outcome]], best: list[bool]) -> 
     axes.axhline(0, color=QUIET, linewidth=0.8)
     ends = sorted((r.gain, r.forgetting) for (_, r), good in zip(found, best, strict=True) if good)
     axes.plot(*zip(*ends, strict=True), color=QUIET, linewidth=1.2, drawstyle="steps-post", zorder=1)
-    for (run, result), good in zip(found, best, strict=True):
+    places = sorted(range(len(found)), key=lambda i: (found[i][1].forgetting, i))
+    for (run, result), good, place in zip(found, best, map(places.index, range(len(found))), strict=True):
         path = [(r.gain, r.forgetting) for _, r in sweep(run)]
         if path:
             axes.plot(*zip(*path, strict=True), color=run.colour, linewidth=0.9, marker=".", markersize=4, alpha=0.6)
@@ -54,7 +55,12 @@ def _draw(axes: Any, found: list[tuple[RunData, Outcome]], best: list[bool]) -> 
         )
         text = f"lr {_rate(run)}, replay {replay_fraction(run):.0%}"
         axes.annotate(
-            text, (result.gain, result.forgetting), (6, 5), textcoords="offset points", fontsize=8, color=QUIET
+            text,
+            (result.gain, result.forgetting),
+            (7, 6 if place % 2 else -13),
+            textcoords="offset points",
+            fontsize=8,
+            color=QUIET,
         )
     axes.margins(0.12)
     axes.set_xlabel("adaptation gain G", color=QUIET)
