@@ -248,11 +248,34 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bound:
+    metric: str
+    """Evaluation metric, as printed in the results (`forgetting/worst`)."""
+    at_most: float
+    """Largest value allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Shares of the way from the start (0) to the trained model (1) that are measured after training."""
+    minimise: str | None = None
+    """Export the alpha with the lowest value of this evaluation metric ..."""
+    limits: tuple[Bound, ...] = ()
+    """... among those that keep these limits."""
+    alpha: float | None = None
+    """Export this one, whatever is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the exported weights; logits are compared in this dtype before the export counts as done."""
     target: Literal["hf"] = "hf"
     """What must be able to load the folder."""
+    interpolation: Interpolation | None = None
+    """Export weights between the start and the end of the run: less is forgotten, for a part of the gain. The start is
+    kept as a checkpoint of its own, so the section must be there from the beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)

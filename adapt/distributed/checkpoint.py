@@ -30,12 +30,14 @@ def save(
     folder: Path,
     step: int,
     root: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     world: World,
+    name: str | None = None,
 ) -> Path:
-    """Write `folder/step-<step>` from all ranks. Raises UserError (disk full, read-only) with the old ones intact."""
-    final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
+    """Write `folder/step-<step>` (or `folder/<name>`, which is never pruned) from all ranks. Raises UserError (disk full, read-only) with the old ones intact."""
+    final = folder / (name or f"step-{step}")
+    partial = folder / f".partial-{final.name}"
     error = ""
     if world.main:
         shutil.rmtree(partial, ignore_errors=True)

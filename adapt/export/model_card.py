@@ -50,6 +50,7 @@ def model_card(
         recipe=recipe,
         data=data,
         rows=_rows(results),
+        interpolation=results.get("interpolation"),
         yaml=resolved_yaml.strip(),
         config=config,
         extra=extra,

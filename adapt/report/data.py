@@ -34,6 +34,8 @@ class RunData:
     """Tables of suites: `step`, and what `adapt.evaluate.grid.Grid` has; of a step evaluated twice the last."""
     samples: list[dict[str, Any]]
     manifest: dict[str, Any]
+    interpolation: dict[str, Any]
+    """The sweep between start and end: `points` of alpha and results, the `alpha` taken, `why`, `drift` per layer."""
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class RunData:
 def read(path: Path, name: str, colour: str) -> RunData:
     lines = [x for x in map(_json, _text(path / "metrics.jsonl").splitlines()) if _is_line(x)]
     samples, manifest = _json(_text(path / "samples.json")), _json(_text(path / "data.json"))
+    between = _json(_text(path / "interpolation.json"))
     environment = _json(_text(path / "environment.json"))
     tables = [x for x in map(_json, _text(path / "grids.jsonl").splitlines()) if _is_line(x)]
     return RunData(
@@ -71,6 +74,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
         grids=list({(x["step"], x.get("suite")): x for x in tables}.values()),
         samples=[x for x in samples if isinstance(x, dict)] if isinstance(samples, list) else [],
         manifest=manifest if isinstance(manifest, dict) else {},
+        interpolation=between if isinstance(between, dict) else {},
     )
 
 

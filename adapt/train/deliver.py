@@ -13,6 +13,7 @@ from adapt.distributed.world import World
 from adapt.errors import UserError
 from adapt.objectives.base import Objective
 from adapt.runfolder import RunFolder
+from adapt.train import interpolate
 from adapt.train.build import build_root, build_student, facts_of, whole_student
 from adapt.train.state import State
 
@@ -70,10 +71,32 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
     root = build_root(recipe, student, world)
     state = State.from_dict(checkpoint.read_state(saved[-1]))
     checkpoint.load(saved[-1], root, None)
+    results = dict(state.results)
+    found = read_sweep(folder)
+    if done := interpolate.redo(folder, recipe.export.interpolation, saved[-1], found, root):
+        print(f"exporting {done}")
+        if found.get("of") == saved[-1].name:
+            results |= {"interpolation": found, "after": interpolate.taken(found)}
     model = whole_student(recipe, tokenizer, root, world)
     fields = decoding_fields(recipe, recipe.objective.build(facts))
-    print(export(folder, resolved, model, tokenizer, state.results, fields, Path(to)))
+    print(export(folder, resolved, model, tokenizer, results, fields, Path(to)))
     return 0
+
+
+def read_sweep(folder: RunFolder) -> dict[str, Any]:
+    """What the run's sweep over alpha found; {} where there was none."""
+    import json
+
+    try:
+        return json.loads((folder.path / interpolate.FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def print_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def show_end(folder: RunFolder, state: State, samples: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
 from adapt.runfolder import RunFolder
+from adapt.train import interpolate
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
-from adapt.train.deliver import decoding_fields, export, show_end
+from adapt.train.deliver import decoding_fields, export, print_table, show_end
 from adapt.train.hooks import Hooks
 from adapt.train.mixing import total_steps
 from adapt.train.probe import dry_run, leak_probe, out_of_memory
@@ -152,6 +154,8 @@ class _Run:
         )
         if self.resume_from:
             hooks.saved_step = state.step
+        if recipe.export.interpolation is not None:
+            interpolate.keep_start(self.folder.checkpoints, state.step, self.root, world)
         microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
         if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
@@ -258,8 +262,6 @@ class _Run:
         return size
 
     def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
-        from functools import partial
-
         from adapt.data.stream import eval_batches
         from adapt.evaluate.context import EvalContext, guard_labels
         from adapt.evaluate.runner import evaluate
@@ -293,13 +295,17 @@ class _Run:
 
     def _finish(self, recipe: Recipe) -> None:
         """Samples, export, report: what the user came for."""
+        self.facts = facts_of(recipe, self.root.student)
+        self._teach(recipe)
         objective = recipe.objective.build(self.facts)
         fields = decoding_fields(recipe, objective)
         self.root.student.config.update(fields)  # what samplers need to know
         if recipe.evaluation.best and self.state.best_step is not None:
             self._take_best(recipe, objective)
-        model = whole_student(recipe, self.tokenizer, self.root, self.world)
         results, folder = self.state.results, self.folder
+        if recipe.export.interpolation is not None:
+            results = results | self._interpolate(recipe, objective)
+        model = whole_student(recipe, self.tokenizer, self.root, self.world)
         # The export comes first: a prompt that cannot be decoded must not cost it.
         worlds.on_main(
             self.world,
@@ -321,6 +327,21 @@ class _Run:
             self._say(f"exporting the best checkpoint, {path.name}: {recipe.evaluation.best} {self.state.best:.4g}")
             self.root.eval()
             self.state.results["after"] = self._measure(recipe, objective)
+
+    def _interpolate(self, recipe: Recipe, objective) -> dict[str, Any]:
+        """The sweep over alpha; the model and the run's results become those of the alpha taken."""
+        state = self.state
+        of = state.best_step if recipe.evaluation.best and state.best_step is not None else state.step
+        self.root.eval()
+        measure = partial(self._measure, recipe, objective) if recipe.evaluation.suites else dict
+        wanted, folder = recipe.export.interpolation, self.folder
+        found = interpolate.sweep(self.root, folder.checkpoints, f"step-{of}", wanted, measure, self.world)
+        state.results["after"] = found.results
+        if self.world.main:
+            folder.write_json(interpolate.FILE, found.to_dict())
+            print_table(interpolate.table(found))
+        self._say(f"exporting {interpolate.describe(found.alpha, found.why)}")
+        return {"after": found.results, "interpolation": found.to_dict()}
 
     def _samples(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Every prompt through every sampler, on all ranks alike (the model may be sharded)."""

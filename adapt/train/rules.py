@@ -22,6 +22,7 @@ def core_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
     yield from _data(recipe)
     yield from _trainer(recipe)
     yield from _evaluation(recipe)
+    yield from _interpolation(recipe)
     yield from _ranges(recipe)
 
 
@@ -177,6 +178,27 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"evaluation.stop[{index}].{key}", f"{limit} is no number that anything could pass")
         if rule.above is None and rule.below is None and rule.patience is None:
             yield Problem(f"evaluation.stop[{index}]", "says nothing; give above, below or patience")
+
+
+def _interpolation(recipe: Recipe) -> Iterator[Problem]:
+    wanted, where = recipe.export.interpolation, "export.interpolation"
+    if wanted is None:
+        return
+    if recipe.trainable.lora is not None:
+        what = "halfway between two adapters is not half of their effect; scale trainable.lora.alpha, or leave this out"
+        yield Problem(where, what)
+    if (wanted.alpha is None) == (wanted.minimise is None):
+        have = "neither is given" if wanted.alpha is None else "both are given"
+        yield Problem(where, f"give exactly one of alpha (export this one) and minimise (a metric); here {have}")
+    if wanted.minimise is None and wanted.limits:
+        yield Problem(f"{where}.limits", "limits choose among alphas by a metric: give minimise, or leave them out")
+    if wanted.minimise is not None and not wanted.alphas:
+        yield Problem(f"{where}.alphas", "is empty, so there is nothing to choose from; 0, 0.25, ..., 1 is usual")
+    if wanted.minimise is not None and not recipe.evaluation.suites:
+        yield Problem("evaluation.suites", f"{where} needs something measured; add a suite, e.g. bpb")
+    for alpha in (*wanted.alphas, *([] if wanted.alpha is None else [wanted.alpha])):
+        if not 0 <= alpha <= 1:
+            yield Problem(where, f"alpha {alpha} must be between 0 (the start) and 1 (the trained model)")
 
 
 AT_LEAST = {

@@ -133,7 +133,9 @@ def _check_data(resolved: Resolved, offline: bool, report: Report) -> None:
     for recipe in resolved.stages:
         found = next((f for r, f in opened if r.data == recipe.data), None)
         opened.append((recipe, _open(recipe, offline, report) if found is None else found))
-    _add(report, resolved, [found + _of_metrics(recipe, found) for recipe, found in opened])
+    last = len(opened) - 1
+    measured = [_of_metrics(recipe, found, last=i == last) for i, (recipe, found) in enumerate(opened)]
+    _add(report, resolved, [found + more for (_, found), more in zip(opened, measured, strict=True)])
     if not any(found for _, found in opened):
         recipe = resolved.recipe
         report.checked.append(f"data: {len(recipe.data.train)} training and {len(recipe.data.eval)} held-out sources")
@@ -167,8 +169,8 @@ def _open(recipe: Recipe, offline: bool, report: Report) -> list[Problem]:
     return found
 
 
-def _of_metrics(recipe: Recipe, of_data: list[Problem]) -> list[Problem]:
-    """Metrics that rules name exist, and no suite overwrites another's."""
+def _of_metrics(recipe: Recipe, of_data: list[Problem], *, last: bool) -> list[Problem]:
+    """Metrics that rules name exist, and no suite overwrites another's. The `last` stage is what is exported."""
     evaluation = recipe.evaluation
     if not evaluation.suites or of_data:
         return []
@@ -186,6 +188,10 @@ def _of_metrics(recipe: Recipe, of_data: list[Problem]) -> list[Problem]:
     if all(hasattr(s.config, "metrics") for s in evaluation.suites):
         named = [("evaluation.best", evaluation.best)] if evaluation.best is not None else []
         named += [(f"evaluation.stop[{i}].metric", rule.metric) for i, rule in enumerate(evaluation.stop)]
+        if last and (wanted := recipe.export.interpolation):
+            where = "export.interpolation"
+            named += [(f"{where}.minimise", wanted.minimise)] if wanted.minimise is not None else []
+            named += [(f"{where}.limits[{i}].metric", bound.metric) for i, bound in enumerate(wanted.limits)]
         found += [
             Problem(where, f"no suite measures {metric!r}.{nearest(metric, owner)} Measured: {', '.join(owner)}")
             for where, metric in named

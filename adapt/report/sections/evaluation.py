@@ -28,7 +28,7 @@ def evaluation(config: EvaluationConfig):
         if not measured:
             return None
         if len(runs) == 1:
-            return _cards(measured[0]) + _table(measured[0])
+            return _cards(measured[0]) + _table(measured[0]) + _exported(measured[0])
         return _compared(measured)
 
     return html
@@ -43,6 +43,15 @@ def change(before: float | None, after: float | None) -> str:
     if not (is_number(before) and is_number(after)) or not before:
         return ""
     return f"{100 * (after - before) / abs(before):+.1f} %".replace("-", "−")
+
+
+def _exported(run: RunData) -> str:
+    """The last column is the trained model; a run that interpolates exports another."""
+    alpha = run.interpolation.get("alpha")
+    if not is_number(alpha) or alpha == 1:
+        return ""
+    where = '<a href="#forgetting">measured below</a>'
+    return f'<p class="quiet">Exported is what lies at α = {alpha:g} between start and end, {where}.</p>'
 
 
 def _cards(run: RunData) -> str:
