@@ -8,9 +8,17 @@ import pytest
 
 from adapt.config import load, resolve, shipped_recipes
 from adapt.config.decode import encode
+from adapt.objectives.base import Facts
+from adapt.tokenization.vocabulary import Vocabulary
 from adapt.train.fit import fit
 from adapt.train.validate import check
-from tests.recipes import tiny_recipe
+from tests import tiny
+from tests.recipes import corpus, tiny_recipe
+
+CONTRACT = ("block_size", "prediction", "noisy_attention", "block_first")
+"""Keys of an objective that decoding reads from the export."""
+SHORT = 8
+"""Tokens of a block, a prompt, an answer."""
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -24,26 +32,45 @@ def test_shipped_recipes_validate(name, tmp_path):
 def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     shipped = encode(load(name).recipe)
     recipe = tiny_recipe(tiny_base, tmp_path)
+    recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part) for part in ("train", "eval")}
     recipe["objective"] = shrunk(shipped["objective"])
-    recipe["evaluation"] = {"suites": shipped["evaluation"]["suites"], "limit": 4, "every": 2}
-    for suite in recipe["evaluation"]["suites"]:
-        suite.update({k: 8 for k in ("prompt_tokens", "new_tokens") if k in suite})
+    recipe["evaluation"] = {"suites": [short(s) for s in shipped["evaluation"]["suites"]], "limit": 4, "every": 2}
+    recipe["generation"] |= {"samplers": shipped["generation"]["samplers"]}
     recipe["trainer"]["steps"] = 3
     assert fit(resolve(recipe)) == 0
     run = tmp_path / "runs" / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line and line["loss"] is not None]
+    trained = json.loads((run / "data.json").read_text())["train"]
+    assert [entry["label"] for entry in trained] == [d["name"] for d in recipe["data"]["train"]]
     config = json.loads((run / "export" / "config.json").read_text())
-    for key, value in (("prediction", "prediction"), ("noisy_attention", "noisy_attention")):
-        assert config[key] == recipe["objective"][value]
-    assert config.get("block_size") == recipe["objective"]["block_size"]
+    stated = {key: recipe["objective"].get(key) for key in CONTRACT}
+    assert {key: config.get(key) for key in CONTRACT} == stated
+    vocabulary = Vocabulary.of(tiny.tiny_tokenizer(), tiny.tiny_config())
+    facts = Facts(mask_token_id=config["mask_token_id"], vocabulary=vocabulary)
+    promised = resolve(recipe).recipe.objective.build(facts).export_fields()
+    assert config.items() >= {k: v for k, v in promised.items() if k != "threshold"}.items()
+
+
+def sources(shipped: list[dict], folder, part: str) -> list[dict]:
+    """As many, with the same names and weights, each a few made-up documents of its own."""
+    found = []
+    for i, dataset in enumerate(shipped):
+        path = corpus(folder, 40, seed=i) if part == "train" else corpus(folder, 12, seed=100 + i)
+        label = dataset["name"] or f"{part}-{i}"
+        found.append({"source": {"name": "jsonl", "path": str(path)}, "name": label, "weight": dataset["weight"]})
+    return found
+
+
+def short(suite: dict) -> dict:
+    return suite | {k: SHORT for k in ("prompt_tokens", "new_tokens") if k in suite}
 
 
 def shrunk(objective: dict) -> dict:
-    """Blocks of at most 8, grown within three steps."""
-    size = objective["block_size"]
-    objective["block_size"] = size and min(size, 8)
-    growth = objective["growth"]
+    """Blocks of at most 8, grown within three steps; what other objectives say stays as it is."""
+    if objective.get("block_size"):
+        objective["block_size"] = min(objective["block_size"], SHORT)
+    growth = objective.get("growth")
     if growth and growth["name"] == "geometric":
         growth |= {"every": 1}
     elif growth:
