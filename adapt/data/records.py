@@ -43,13 +43,20 @@ def to_document(record: Any, fields: Fields, where: str, part: str) -> Document 
         return BadRecord(where, f"expected an object with fields, got {type(record).__name__}")
     try:
         form = _form(record, fields)
-        return Document(id=where, meta={**_facts(record, form), "part": part}, **form)
+        return Document(id=where, meta={**_facts(record, form), "part": part, **_distractors(record)}, **form)
     except _BadField as error:
         return BadRecord(where, str(error))
 
 
 class _BadField(ValueError):
     pass
+
+
+def _distractors(record: dict[str, Any]) -> dict[str, list[str]]:
+    """The wrong answers of a multiple-choice question, where there are some."""
+    found = record.get("distractors")
+    texts = isinstance(found, list) and found and all(isinstance(x, str) for x in found)
+    return {"distractors": found} if texts else {}
 
 
 def _form(record: dict[str, Any], fields: Fields) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""`adapt evaluate MODEL_OR_RUN [--suite bpb,masked_ce] [-c RECIPE]`: suites on held-out data, as a table or JSON."""
+"""`adapt evaluate MODEL_OR_RUN [--suite bpb,masked_ce] [-c RECIPE] [--lm-eval TASKS]`: suites, and tasks of the
+lm-evaluation-harness, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -27,8 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c", "--config", metavar="RECIPE", help="recipe whose data.eval is used (default: the run's own)"
     )
-    parser.add_argument("--limit", type=int, metavar="ROWS", help="rows per dataset (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=None, help="of the masks (default: the recipe's run.seed)")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="ROWS",
+        help="rows per dataset (default: the recipe's); documents per --lm-eval task",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of masks and of generated tasks (default: the recipe's run.seed)"
+    )
+    parser.add_argument(
+        "--lm-eval",
+        metavar="TASKS",
+        help="tasks of the lm-evaluation-harness: arc_easy,mmlu_*,... (suites then run only if --suite asks for them)",
+    )
+    parser.add_argument("--lm-eval-include", metavar="DIR", help="folder with YAML files of your own harness tasks")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -39,13 +53,21 @@ def evaluate(args: argparse.Namespace) -> int:
     from adapt.generation.load import open_model
 
     recipe = recipe_of(args)
-    chosen = choices(args.suite, recipe)
+    chosen = choices(args.suite, recipe) if args.suite or not args.lm_eval else ()
     check_data(chosen, args, recipe)
+    harness_tasks = lm_eval_tasks(args)
     opened = open_model(args.model)
     start = start_of(args, recipe)
     grids: list[Grid] = []
-    context = context_of(opened, recipe, args.limit, args.seed, chosen=chosen, start=start, keep=grids.append)
-    results = runner.evaluate(chosen, context)
+    results: dict[str, float] = {}
+    if chosen:
+        seed = seed_of(args, recipe)
+        context = context_of(opened, recipe, args.limit, seed, chosen=chosen, start=start, keep=grids.append)
+        results = runner.evaluate(chosen, context)
+    if harness_tasks:
+        from adapt.evaluate import harness
+
+        results |= harness.measure(opened.model, opened.tokenizer, *harness_tasks, args.limit, seed_of(args, recipe))
     if args.json:
         cells = {"grids": [grid.to_dict() for grid in grids]} if grids else {}
         print(json.dumps(results | cells, indent=1))
@@ -105,11 +127,25 @@ def choices(names: str | None, recipe: Recipe | None):
     return tuple(choice for several in found for choice in several)
 
 
+def lm_eval_tasks(args: argparse.Namespace) -> tuple[Any, list[str]] | None:
+    if args.lm_eval is None:
+        if args.lm_eval_include is not None:
+            raise UserError("--lm-eval-include holds tasks for --lm-eval; say which: --lm-eval TASKS")
+        return None
+    from adapt.evaluate import harness
+
+    return harness.task_manager(args.lm_eval.split(","), args.lm_eval_include)
+
+
+def seed_of(args: argparse.Namespace, recipe: Recipe | None) -> int:
+    return args.seed if args.seed is not None else recipe.run.seed if recipe else 0
+
+
 def context_of(
     opened: Opened,
     recipe: Recipe | None,
     limit: int | None,
-    seed: int | None,
+    seed: int,
     *,
     chosen: tuple[SuiteChoice, ...] = (),
     start: dict[str, float] | None = None,
@@ -141,7 +177,7 @@ def context_of(
         ),
         contract=Contract.of(model.config),
         device=device,
-        seed=seed if seed is not None else recipe.run.seed if recipe else 0,
+        seed=seed,
     )
 
 
