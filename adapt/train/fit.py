@@ -295,7 +295,7 @@ class _Run:
 
     def _finish(self, recipe: Recipe) -> None:
         """Samples, export, report: what the user came for."""
-        self.facts = facts_of(recipe, self.root.student)
+        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
         self._teach(recipe)
         objective = recipe.objective.build(self.facts)
         fields = decoding_fields(recipe, objective)
