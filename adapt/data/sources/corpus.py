@@ -98,21 +98,34 @@ class CorpusSource:
         return answers
 
     def documents(self) -> Iterator[Document | BadRecord]:
-        for label, part, source in self.parts_of_corpus:
-            taken = 0
-            for item in source.documents():
-                if isinstance(item, BadRecord):
-                    yield item
-                    continue
-                if part.fraction < 1 and share(item) >= part.fraction:
-                    continue
-                if part.max_documents is not None and taken >= part.max_documents:
-                    break
-                taken += 1
-                which = self._split.part(place(item))
-                if self.config.split in (which, "all"):
-                    facts = {"part": label, "licence": part.licence, "split": which}
-                    yield dataclasses.replace(item, meta=item.meta | facts)
+        """The source that has given the fewest characters so far gives next (ties: the first): whatever is cut off the
+        end (`max_tokens`, an evaluation's `limit`), the beginning has a bit of everything."""
+        streams = [self._documents(*part) for part in self.parts_of_corpus]
+        given = dict.fromkeys(range(len(streams)), 0)
+        while given:
+            number = min(given, key=given.get)
+            item = next(streams[number], None)
+            if item is None:
+                del given[number]
+                continue
+            given[number] += 0 if isinstance(item, BadRecord) else sum(map(len, item.strings()))
+            yield item
+
+    def _documents(self, label: str, part: CorpusPart, source: Source) -> Iterator[Document | BadRecord]:
+        taken = 0
+        for item in source.documents():
+            if isinstance(item, BadRecord):
+                yield item
+                continue
+            if part.fraction < 1 and share(item) >= part.fraction:
+                continue
+            if part.max_documents is not None and taken >= part.max_documents:
+                break
+            taken += 1
+            which = self._split.part(place(item))
+            if self.config.split in (which, "all"):
+                facts = {"part": label, "licence": part.licence, "split": which}
+                yield dataclasses.replace(item, meta=item.meta | facts)
 
 
 @sources.register("corpus")
