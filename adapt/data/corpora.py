@@ -40,7 +40,7 @@ class Corpus:
     about: str
     """One sentence: what it is and what for."""
     sources: tuple[CorpusPart, ...]
-    """Read in this order."""
+    """Where the documents come from; they are read in turn, the same number of characters of each."""
     clean: tuple[CleanerChoice, ...] = ()
     """Cleaning steps for every source, in order; run before those of the dataset."""
     split: Split = field(default_factory=Split)

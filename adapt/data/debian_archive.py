@@ -7,6 +7,7 @@ signatures itself. Over HTTPS the package must have the sha256 that the archive'
 from __future__ import annotations
 
 import http.client
+import logging
 import lzma
 import re
 import shutil
@@ -28,6 +29,7 @@ ARCHITECTURES = ("all", "amd64")
 FRESH_S = 3600
 """Package lists younger than this are not asked for again."""
 OS_RELEASE = Path("/etc/os-release")
+log = logging.getLogger("adapt.data")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def fetch(wanted: Wanted, lists: Path, into: Path) -> Path:
     if wanted.archive is None and _apt_serves(wanted.suite):
         ways.insert(0, _from_apt)
     said: list[str] = []
+    log.info("fetching %s", wanted)
     for way in ways:
         try:
             return way(wanted, lists, into)

@@ -50,7 +50,8 @@ class Source(Protocol):
     licence: str | None
     # A source that others serve says `remote = True`; one with a method `use_cache(folder)` is told, before it is read,
     # where it may keep what it learned; one with `use_tokenizer(tokenizer)` makes its texts for a tokenizer.
-    # Where asking for the fingerprint would download much, a method `check()` does what validation can do without.
+    # Where asking for the fingerprint would download much, a method `check()` does what validation can do without, and
+    # `fetch()` brings what is downloaded as a whole into the cache.
     # `clean` (a tuple of CleanerChoice): cleaning steps of its own, run before the dataset's.
 
     def fingerprint(self) -> str:

@@ -13,18 +13,29 @@ from adapt.data.prepare import Prepared, open_sources, prepare
 from adapt.data.stats import tables as stats_tables
 from adapt.errors import Problem, UserError
 
+FETCHED = {
+    False: "Texts of files and of the Hub were not copied: preparation streams them, as far as max_tokens, and the token "
+    "shards it writes are all that training needs; so run `adapt data prepare` where the network is.",
+    True: "Packages now lie in the cache: `adapt data prepare` reads them there, without the network.",
+}
+"""What was said to have been fetched, by whether the source keeps what it downloads."""
+
 
 def fetch(resolved: Resolved, args: argparse.Namespace) -> int:
-    """Open every source and read its first document: a test of paths, names and access. The texts themselves are
-    streamed when the data is prepared."""
+    """Open every source and read its first document: a test of paths, names and access. Packages are brought into the
+    cache whole; other texts are streamed when the data is prepared."""
     from rich.console import Console
 
     console = Console(highlight=False)
     problems: list[Problem] = []
+    kept: set[bool] = set()
     for recipe in _different(resolved):
         held_out, training = open_sources(recipe.data)
         for where, dataset, source in [*training, *held_out]:
+            kept.add(hasattr(source, "fetch"))
             try:
+                if hasattr(source, "fetch"):
+                    source.fetch()
                 fingerprint = source.fingerprint()
                 made_here = hasattr(source, "use_tokenizer")  # for a tokenizer: there is nothing to fetch
                 first = (
@@ -44,10 +55,7 @@ def fetch(resolved: Resolved, args: argparse.Namespace) -> int:
     if problems:
         raise UserError(problems)
     console.print(
-        "Every source answers and its first document can be read. The texts were not copied: preparation streams them, "
-        "as far as max_tokens, and the token shards it writes are all that training needs; so run `adapt data prepare` "
-        "where the network is.",
-        soft_wrap=True,
+        "Every source answers and its first document can be read.", *map(FETCHED.get, sorted(kept)), soft_wrap=True
     )
     return 0
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from adapt.config.load import resolve
 from adapt.conversion.base import apply_conversions
@@ -16,6 +17,7 @@ from adapt.errors import UserError
 from adapt.pretrained import load_model, load_tokenizer
 from adapt.pretrained.load import read_tokenizer
 from tests.data.helpers import write_jsonl
+from tests.data.packages import make_archive, make_deb
 from tests.recipes import tiny_recipe
 
 
@@ -41,7 +43,33 @@ def test_fetch_opens_every_source(resolved, capsys):
     out = capsys.readouterr().out
     assert "CC0-1.0" in out
     assert "licence not stated" in out
-    assert "The texts were not copied" in out
+    assert "Texts of files and of the Hub were not copied" in out
+    assert "Packages" not in out
+
+
+def test_fetch_brings_packages_into_the_cache(tiny_base, tmp_path, capsys):
+    archive = make_archive(
+        tmp_path / "archive", *(make_deb(tmp_path, n, "1", {"usr/share/doc/a.txt": n.encode()}) for n in "xy")
+    )
+    sources = [
+        {
+            "source": {"name": "debian", "package": n, "suite": "s", "archive": archive, "files": ["usr/*"]},
+            "licence": "x",
+        }
+        for n in ("x", "y")
+    ]
+    corpus = tmp_path / "own.yaml"
+    corpus.write_text(yaml.safe_dump({"about": "Made up.", "sources": sources, "split": {"val": 0, "test": 0}}))
+    data = {"train": [{"source": f"corpus:{corpus}"}], "eval": [], "cache": str(tmp_path / "cache")}
+    resolved = resolve(tiny_recipe(tiny_base, tmp_path, data=data, evaluation={"suites": []}))
+    with pytest.raises(UserError, match="Debian package x is not in the cache"):
+        fetch(resolved, args())
+    make_archive(tmp_path / "archive", *(tmp_path / f"{n}_1_all.deb" for n in "xy"), suite="s")
+    assert fetch(resolved, args()) == 0
+    out = capsys.readouterr().out
+    assert "Packages now lie in the cache" in out
+    assert "not copied" not in out
+    assert sorted(p.name for p in (tmp_path / "cache").rglob("*.deb")) == ["x_1_all.deb", "y_1_all.deb"]
 
 
 def test_fetch_reports_what_cannot_be_read(resolved, tmp_path):

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from adapt.components import cleaners
 from adapt.data.cleaning.base import map_strings
@@ -17,6 +18,7 @@ from adapt.data.documents import Document
 
 PLAIN = re.compile(r"[\n\t -~“”‘’–—…•]*")
 """Nothing to repair: damage needs letters beyond ASCII, or control characters. Most lines are like that."""
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
 """Control characters, soft hyphens, zero-width spaces, byte-order marks, annotations. Joiners stay: some scripts need them."""
 LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\u2028\u2029]")
@@ -28,12 +30,8 @@ ROUNDS = 8
 class UnicodeConfig:
     mojibake: bool = True
     """Undo decoding with the wrong charset ("Ã©" for "é")."""
-    form: str | None = "NFC"
-    """Unicode normalisation form (NFC, NFKC); null: as it comes."""
-
-    def __post_init__(self) -> None:
-        if self.form not in (None, "NFC", "NFKC", "NFD", "NFKD"):
-            raise ValueError(f"form={self.form!r} is none of NFC, NFKC, NFD, NFKD, null")
+    form: Literal["NFC", "NFKC"] | None = "NFC"
+    """Unicode normalisation form; null: as it comes."""
 
 
 class Unicode:
@@ -57,10 +55,14 @@ class Unicode:
 
     def _once(self, text: str) -> str:
         import ftfy
+        from ftfy.badness import is_bad
 
         lines = LINE_ENDS.sub("\n", text).split("\n")
         options = _options(self.config.mojibake)
-        text = "\n".join(line if PLAIN.fullmatch(line) else ftfy.fix_text(line, options) for line in lines)
+        for i, line in enumerate(lines):
+            if not PLAIN.fullmatch(line) and (CONTROLS.search(line) or (self.config.mojibake and is_bad(line))):
+                lines[i] = ftfy.fix_text(line, options)
+        text = "\n".join(lines)
         text = INVISIBLE.sub("", text)  # not before: a soft hyphen may be half of a damaged letter
         return unicodedata.normalize(self.config.form, text) if self.config.form else text
 

