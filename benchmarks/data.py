@@ -4,6 +4,7 @@
     python benchmarks/data.py clean --mb 2           # every cleaning step alone
     python benchmarks/data.py memory --mb 64 256     # peak memory of preparation as the input grows
     python benchmarks/data.py access                 # the first batch at sample 0 and at sample 10^7
+    python benchmarks/data.py core --mb 1            # the tokenizer's core with offsets and without
 
 Every run is a process of its own and the arms take turns; the table gives medians. CPU seconds (of all its processes)
 are disturbed less by a busy machine than wall seconds; both count from when the tokenizer is loaded. The text is made of
@@ -28,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 SEQ_LEN = 1024
-CASES = ("prepare", "clean", "memory", "access")
+CASES = ("prepare", "clean", "memory", "access", "core")
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     (mb,) = args.mb
     corpus(folder / f"{mb}.jsonl", mb)
-    found = turns(args, folder, [("ours", mb), ("datasets", mb)], args.rounds)
+    found = turns(args, folder, [("ours", mb), ("datasets", mb), ("run_clm", mb)], args.rounds)
     print(f"tokenise and pack {mb} MB, {args.workers} processes; medians of {args.rounds}")
     cpu = {arm: statistics.median(r["cpu"] for r in runs) for (arm, _), runs in found.items()}
     for (arm, _), runs in found.items():
@@ -107,6 +108,21 @@ def access(args: argparse.Namespace, folder: Path) -> None:
     print(f"time to the first batch of 8 rows, {run[0]['rows']:,d} rows")
     for sample, seconds in run[0]["seconds"].items():
         print(f"  from sample {int(sample):>12,d}: {1e3 * seconds:7.2f} ms")
+
+
+def core(args: argparse.Namespace, folder: Path) -> None:
+    (mb,) = args.mb
+    corpus(folder / f"{mb}.jsonl", mb)
+    texts = [json.loads(line)["text"] for line in (folder / f"{mb}.jsonl").read_text().splitlines()]
+    backend = tokenizer_of(args).backend_tokenizer
+    spent: dict[str, list[float]] = {"encode_batch": [], "encode_batch_fast": []}
+    for _ in range(args.rounds):
+        for name, times in spent.items():
+            started = time.process_time()
+            getattr(backend, name)(texts)
+            times.append(time.process_time() - started)
+    for name, times in spent.items():
+        print(f"  {name:<18} {mb / min(times):6.2f} MB per CPU second")
 
 
 def turns(args: argparse.Namespace, folder: Path, arms: list[tuple[str, int]], rounds: int) -> dict:
@@ -200,6 +216,33 @@ def datasets(args: argparse.Namespace, folder: Path, mb: int) -> dict:
     return {"wall": after[0] - wall, "cpu": after[1] - cpu, "tokens": tokens}
 
 
+def run_clm(args: argparse.Namespace, folder: Path, mb: int) -> dict:
+    """The same as transformers' example script does it: all columns that the tokenizer gives are kept, and a copy of the
+    ids as labels; the rest of each batch is dropped."""
+    import itertools
+
+    import datasets as hf
+
+    tokenizer = tokenizer_of(args)
+
+    def pack(batch):
+        flat = {k: list(itertools.chain(*batch[k])) for k in batch}
+        size = len(flat["input_ids"]) // SEQ_LEN * SEQ_LEN
+        rows = {k: [v[i : i + SEQ_LEN] for i in range(0, size, SEQ_LEN)] for k, v in flat.items()}
+        return {**rows, "labels": rows["input_ids"].copy()}
+
+    with tempfile.TemporaryDirectory() as cache:
+        wall, cpu = clock()
+        found = hf.load_dataset("json", data_files=str(folder / f"{mb}.jsonl"), split="train", cache_dir=cache)
+        found = found.map(
+            lambda batch: tokenizer(batch["text"]), batched=True, num_proc=args.workers, remove_columns=["text"]
+        )
+        found = found.map(pack, batched=True, num_proc=args.workers)
+        after = clock()
+        tokens = found.num_rows * SEQ_LEN
+    return {"wall": after[0] - wall, "cpu": after[1] - cpu, "tokens": tokens}
+
+
 def first_batch(args: argparse.Namespace, folder: Path, mb: int) -> dict:
     """A stream over made-up shards, opened anew for each start."""
     import numpy as np
@@ -262,7 +305,7 @@ class Watch:
             self.children = max(self.children, total)
 
 
-ARMS = {"ours": ours, "datasets": datasets, "access": first_batch}
+ARMS = {"ours": ours, "datasets": datasets, "run_clm": run_clm, "access": first_batch}
 
 if __name__ == "__main__":
     main()

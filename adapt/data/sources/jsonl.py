@@ -60,7 +60,7 @@ class JsonlSource:
             return BadRecord(where, f"not a JSON object: {error}")
         document = to_document(record, self.fields, where, part)
         if isinstance(document, Document) and self.encoding != decoding.UTF8:
-            document.meta["encoding"] = encoding
+            document.meta["decoded_as"] = encoding
         return document
 
 
