@@ -29,7 +29,7 @@ sources = Registry(
 cleaners = Registry(
     "cleaner",
     "adapt.data.cleaning",
-    "A step of cleaning: config -> Cleaner; applied in order to every document of a dataset.",
+    "What is done to a document before it is tokenised: config -> Cleaner; called by data preparation, in order.",
 )
 suites = Registry(
     "suite",

@@ -12,7 +12,7 @@ from adapt.data.plain_text import pieces
 
 LISTED = 100
 """Malformed records and parts that the manifest lists one by one."""
-NOTED = {"licence": "licences", "part": "parts", "encoding": "encodings"}
+NOTED = {"licence": "licences", "part": "parts", "decoded_as": "encodings"}
 """Facts of documents that are counted, and the manifest's name of each table."""
 
 Size = tuple[int, int]
@@ -98,7 +98,7 @@ class Counts:
 
     def manifest(self) -> dict[str, Any]:
         return {
-            **{NOTED[name]: _top(counter) for name, counter in self.noted.items() if counter or name != "encoding"},
+            **{NOTED[name]: _top(counter) for name, counter in self.noted.items() if counter or name != "decoded_as"},
             "steps": [tally.entry() for tally in self.steps],
             "bad_lines": {"count": self.num_bad, "listed": [{"where": b.where, "what": b.what} for b in self.bad]},
             "words": self.words,

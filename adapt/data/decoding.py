@@ -58,14 +58,18 @@ def lines(file: Path, encoding: str) -> Iterator[tuple[int, str | UserError, str
         yield from _wide_lines(file, decoder.encoding)
         return
     for number, offset, line in files.lines(file):
-        where = f"{file}:{number}"
+        where, used = f"{file}:{number}", encoding
+        text: str | UserError
         try:
             if encoding == UTF8:
-                yield number, files.decode(line, where, offset), UTF8
+                text = files.decode(line, where, offset)
             else:
-                yield number, *decoder.decode(line, where)
+                text, used = decoder.decode(line, where)
         except UserError as error:
-            yield number, error, encoding
+            text = error
+        del line  # may be huge
+        yield number, text, used
+        del text
 
 
 def _wide_lines(file: Path, encoding: str) -> Iterator[tuple[int, str | UserError, str]]:

@@ -85,14 +85,17 @@ def decode(data: bytes, where: str, start: int = 0, lines: bool = False) -> str:
 
 def lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset of the line, the line without its end or a byte-order mark). Reads `.gz` too."""
-    offset = 0
+    number = offset = 0
     try:
         with open_bytes(file) as stream:
-            for number, line in enumerate(stream, 1):
+            for line in stream:  # without `enumerate`, which would hold on to it
+                number += 1
                 if number == 1 and line.startswith(codecs.BOM_UTF8):
                     offset, line = len(codecs.BOM_UTF8), line[len(codecs.BOM_UTF8) :]
-                yield number, offset, line.rstrip(b"\r\n")
-                offset += len(line)
+                size, line = len(line), line.rstrip(b"\r\n")
+                yield number, offset, line
+                del line  # lines may be huge: one is in memory at a time
+                offset += size
     except (OSError, EOFError) as error:  # EOFError: a cut gzip file
         raise unreadable(file, error) from None
 

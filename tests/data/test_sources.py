@@ -183,8 +183,8 @@ def test_encodings_by_name_and_found_out(tmp_path):
     assert [d.text.replace(german, "*") for d in read] == ["*"] * 3 + [f"* {i}" for i in range(9)] + [
         f"{i} *" for i in range(3)
     ]
-    assert [d.meta["encoding"] for d in read[:3]] == ["cp1252", "utf-16", "utf-8"]
-    assert {d.meta["encoding"] for d in read[-3:]} == {"utf-16"}
+    assert [d.meta["decoded_as"] for d in read[:3]] == ["cp1252", "utf-16", "utf-8"]
+    assert {d.meta["decoded_as"] for d in read[-3:]} == {"utf-16"}
     named = documents({"name": "text", "path": str(tmp_path / "a.txt"), "encoding": "cp1252"})
     assert [d.text for d in named] == [german]
     assert (

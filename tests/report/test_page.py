@@ -36,7 +36,9 @@ def make_run(folder, name, steps=20, whole=True):
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '[]\n7\n{"step": 21, "lo')
     sample = {"prompt": EVIL, "sampler": "ar", "text": "ab", "tokens_per_forward": 1.0, "forwards": 2}
     (run / "samples.json").write_text(json.dumps([sample | {"reveal": [[EVIL, 0], ["b", 3]]}, {"text": EVIL}]))
-    train = {"label": EVIL, "tokens": 12345, "licence": "MIT", "steps": [{"dropped": {"duplicate": 4321, "empty": 0}}]}
+    step = {"step": EVIL, "in": 5000, "out": 679, "changed": 77, "bytes_in": 9, "bytes_out": 8765, "words_out": 1543}
+    steps_of_data = [{"dropped": {"duplicate": 4321, "empty": 0}}, step]
+    train = {"label": EVIL, "tokens": 12345, "licence": "MIT", "steps": steps_of_data}
     (run / "data.json").write_text(
         json.dumps({"train": [train], "eval": {"x": {"label": "x"}}, "fingerprint": "f" * 64})
     )
@@ -86,6 +88,8 @@ def test_every_part_of_a_run_is_on_one_self_contained_page(tmp_path):
         "−16.7 %",
         "12,345",
         "4,321 duplicate",
+        "8,765",
+        "1,543",
         "2 cores of a CPU",
         "1,280",
         "denoising step 3",

@@ -44,8 +44,12 @@ class JsonlSource:
     def documents(self) -> Iterator[Document | BadRecord]:
         for file in self.files:
             for number, line, encoding in decoding.lines(file, self.encoding):
-                if isinstance(line, UserError) or line.strip():
-                    yield self._document(line, f"{file}:{number}", file.name, encoding)
+                if isinstance(line, str) and not line.strip():
+                    continue
+                document = self._document(line, f"{file}:{number}", file.name, encoding)
+                del line  # it may be huge, and so may be the document
+                yield document
+                del document
 
     def _document(self, line: str | UserError, where: str, part: str, encoding: str) -> Document | BadRecord:
         if isinstance(line, UserError):
@@ -56,7 +60,7 @@ class JsonlSource:
             return BadRecord(where, f"not a JSON object: {error}")
         document = to_document(record, self.fields, where, part)
         if isinstance(document, Document) and self.encoding != decoding.UTF8:
-            document.meta["encoding"] = encoding
+            document.meta["decoded_as"] = encoding
         return document
 
 

@@ -44,7 +44,7 @@ class TextSource:
     def documents(self) -> Iterator[Document]:
         for file in self.files:
             text, encoding = decoding.text(file, self.encoding)
-            facts = {"part": file.name} | ({"encoding": encoding} if self.encoding != decoding.UTF8 else {})
+            facts = {"part": file.name} | ({"decoded_as": encoding} if self.encoding != decoding.UTF8 else {})
             pieces = text.split(self.separator) if self.separator else [text]
             for number, piece in enumerate(pieces):
                 if piece.strip():

@@ -43,11 +43,27 @@ def _table(manifest: dict[str, Any]) -> str:
         f"<td>{_text(m.get('licence')) or 'not stated'}</td><td>{_dropped(m)}</td></tr>"
         for part, m in rows
     )
+    stages = "".join(_stages(m) for _, m in rows)
     print_ = manifest.get("fingerprint")
     foot = f'<p class="quiet">fingerprint {_text(str(print_)[:16])}</p>' if print_ else ""
     return (
         f'<div class="scroll"><table><thead><tr><th></th><th>data set</th>{head}<th>licence</th><th>left out</th></tr>'
-        f"</thead><tbody>{body}</tbody></table></div>{foot}"
+        f"</thead><tbody>{body}</tbody></table></div>{stages}{foot}"
+    )
+
+
+def _stages(manifest: dict[str, Any]) -> str:
+    """Documents, words and bytes after every step of preparation, folded away."""
+    steps = [s for s in manifest.get("steps") or [] if "bytes_out" in s]
+    if not steps:
+        return ""
+    rows = [(s["step"], s["out"], s["words_out"], s["bytes_out"], s.get("changed", "")) for s in steps]
+    body = "".join(f"<tr><td>{_text(name)}</td>{''.join(map(_cell, cells))}</tr>" for name, *cells in rows)
+    head = "".join(f'<th class="n">{name}</th>' for name in ("documents", "words", "bytes", "changed"))
+    return (
+        f"<details><summary>{_text(manifest.get('label'))}: after every step</summary>"
+        f'<div class="scroll"><table><thead><tr><th>step</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        "</details>"
     )
 
 
