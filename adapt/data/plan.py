@@ -78,7 +78,7 @@ class Plan:
             mixture = Mixture(active)
             self.segments.append(Segment(start, mixture, tuple(counts), self._factors(active)))
             ends = [
-                (start + mixture.position(i, self.limits[i] - counts[i]), i)
+                (start + mixture.position(i, max(0, self.limits[i] - counts[i])), i)
                 for i, quota in enumerate(mixture.quotas)
                 if quota and self.limits[i] is not None
             ]

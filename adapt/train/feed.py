@@ -40,6 +40,12 @@ def feed_of(recipe: Recipe, shards: list[TokenShards], state: State, rows_per_st
     on the data of the stage before goes on in every source where that left off, whatever the weights; any other begins
     at its data's beginning."""
     data = recipe.data
+    if wrong := [
+        Problem(f"data.train[{i}].document_weight_as", f"{s.label} has no weights of documents; leave this out")
+        for i, (s, dataset) in enumerate(zip(shards, data.train, strict=True))
+        if dataset.document_weight_as == "loss" and s.document_weights() is None
+    ]:
+        raise UserError(wrong)
     rows = [
         Rows(
             s,

@@ -56,6 +56,12 @@ def mixing_problems(recipe: Recipe) -> Iterator[Problem]:
             if not any(weights):
                 yield Problem("data.train", f"from step {start:,} on every weight is 0, so nothing would be read")
                 break
+    if data.exhausted != "fail" and data.train and all(dataset.max_epochs is None for dataset in data.train):
+        yield Problem(
+            "data.exhausted",
+            f"{data.exhausted} is for sources with a limit, and none has max_epochs (1: read once); give one, or leave "
+            "this out",
+        )
     if data.temperature is not None and not (data.temperature >= 0 and math.isfinite(data.temperature)):
         yield Problem("data.temperature", f"{data.temperature} must be 0 or more; 1 mixes in proportion to size")
     if recipe.objective.declares("pairs"):

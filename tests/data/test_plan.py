@@ -78,6 +78,13 @@ def _over(counts, limits) -> bool:
     return any(limit is not None and c > limit for c, limit in zip(counts, limits, strict=True))
 
 
+def test_a_source_that_gave_more_than_it_may_gives_no_more():
+    """A later stage may allow less than the stages before it have read."""
+    assert Plan([(0, [1, 1])], limits=[3, None], read=[5, 5]).end == 0
+    plan = Plan([(0, [1, 1])], limits=[3, None], read=[5, 5], renormalise=True)
+    assert plan.counts(4) == [5, 9]
+
+
 def test_when_a_source_runs_dry_the_others_share_its_place_in_proportion():
     plan = Plan([(0, [5, 3, 1])], limits=[10, None, None], renormalise=True)
     ((dry, source),) = plan.dry

@@ -91,6 +91,7 @@ WRONG = {
     ),
     "no epochs": ([{"max_epochs": 0}], {}, "data.train[0].max_epochs"),
     "no share in the loss": ([{"objective_weight": 0}], {}, "data.train[0].objective_weight"),
+    "nothing can run dry": ([{}], {"exhausted": "stop"}, "data.exhausted"),
     "cold": ([{}], {"temperature": -1.0}, "data.temperature"),
 }
 
@@ -170,6 +171,12 @@ def test_renormalise_goes_on_without_the_source(shards, tmp_path):
     assert (feed.steps, feed.ends_early) == (20, False)
     assert "made-up [1] runs dry in step 16" in feed.notes[0]
     assert feed.stream.plan.counts(80) == [50, 30]
+
+
+def test_weights_of_documents_that_are_not_there_are_missed(shards, tmp_path):
+    recipe = recipe_of(tmp_path, [{}, {"document_weight_as": "loss"}])
+    with pytest.raises(UserError, match=r"data.train\[1\].document_weight_as: made-up has no weights of documents"):
+        feed_of(recipe, shards, State(), 4)
 
 
 def test_temperature_mixes_by_size(shards, tmp_path):
