@@ -287,7 +287,7 @@ class _Run:
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
             guards=guard_labels(recipe.data, list(sets)),
-            start=self.state.results.get("before", {} if self.state.step == 0 else None),
+            start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
             device=world.device,
             seed=recipe.run.seed,
         )

@@ -66,3 +66,13 @@ def test_rules_that_name_what_is_no_guard_are_refused(tiny_base, tmp_path):
     recipe["evaluation"]["best"] = "forgetting/held-out"
     (found,) = problems(resolve(recipe))
     assert found.where == "evaluation.best"
+
+
+def test_a_start_that_was_not_measured_is_not_made_up(tiny_base, tmp_path):
+    """The first stage measures nothing: what the second finds is no start."""
+    recipe = dap(tiny_base, tmp_path, kl=0.0, trainer={"steps": 2, "batch_tokens": 256})
+    suites, recipe["evaluation"] = recipe["evaluation"], {}
+    fit(resolve(recipe | {"stages": [{"name": "a"}, {"name": "b", "evaluation": suites}]}))
+    run = tmp_path / "runs" / "tiny"
+    assert logged(run, "eval/bpb/guard")
+    assert not logged(run, "eval/forgetting/guard")
