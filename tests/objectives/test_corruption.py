@@ -402,3 +402,24 @@ def test_generators_are_keyed_apart_from_other_draws():
     batch = packed([[8]])
     ours = row_generators(batch, 0)[0].random(4)
     assert not np.array_equal(ours, generator(0, 0, 0, 0).random(4)), "block diffusion's masks"
+
+
+def test_logged_terms_are_means_over_their_own_targets_and_the_loss_over_all():
+    """Two terms with one divisor: the loss is that of one term, and what is logged of each can be read by itself."""
+    from adapt.distributed.world import World
+    from adapt.train.root import Root
+    from adapt.train.step import gradients, loss_values
+
+    root = Root(attention.use(tiny.tiny_model()))
+    batch, goal = packed([[30, 10], [40], [8, 32]], prompt=4), thought(ratio=0.4)
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    found = gradients(root, goal, batch, microbatch=2, seed=0, step=0, world=world, clip=None)
+    values = loss_values(found)
+    sums, counts = {n: float(s) for n, s in found.sums.items()}, found.targets
+    assert sum(counts.values()) == int((batch.labels != -100).sum())
+    assert set(found.counts.values()) == {sum(counts.values())}
+    assert values["loss"] == pytest.approx(sum(sums.values()) / sum(counts.values()))
+    assert {n: values[f"loss/{n}"] for n in sums} == pytest.approx({n: sums[n] / counts[n] for n in sums})
+    assert values["loss"] == pytest.approx(float(loss_of(root.student, goal, batch).detach()), rel=1e-5)
+    clean = gradients(root, thought(ratio=0.0), batch, microbatch=3, seed=0, step=0, world=world, clip=None)
+    assert "loss/corrupted_input" not in loss_values(clean), "a mean of nothing is no number"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from adapt.components import SamplerChoice
 from adapt.config import decode, resolve
 from adapt.data.batch import Batch
 from adapt.errors import UserError
+from adapt.generation.verb import choose
 from adapt.models import attention
 from adapt.objectives.base import Facts, Models
 from adapt.objectives.meap import Meap, MeapConfig, answers
@@ -254,6 +256,7 @@ def test_runs_to_an_export_that_never_emits_the_mask(case, tmp_path):
     mask = tokenizer.mask_token_id
     assert model.config.mask_token_id == mask != tokenizer.eos_token_id
     assert getattr(model.config, "block_size", None) is None
+    assert choose(Namespace(sampler=None), model, tokenizer).name == "ar", "what `adapt generate` takes by itself"
     never_emitted(model, mask)
 
 
