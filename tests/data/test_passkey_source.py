@@ -38,3 +38,10 @@ def test_a_row_is_one_document_and_only_the_key_is_learned(tmp_path):
     assert len(text) == 5
     assert text.isdigit()
     assert roles[0] == CONTEXT
+
+
+def test_texts_longer_than_a_row_are_refused():
+    choice = decode({"name": "passkey", "length": 300}, SourceChoice)
+    (problem,) = choice.config.problems(recipe([{"source": "passkey"}], seq_len=299))
+    assert "300 tokens are cut by rows of data.seq_len=299" in problem.what
+    assert not list(choice.config.problems(recipe([{"source": "passkey"}], seq_len=300)))

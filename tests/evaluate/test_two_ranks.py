@@ -21,7 +21,8 @@ def rows(rank: int, world: int):
 
 
 def measure(rank: int, world: int) -> dict[str, float]:
-    from adapt.components import suites
+    from adapt.components import SuiteChoice
+    from adapt.config import decode
     from adapt.config.schema import Mesh
     from adapt.distributed.shard import make_mesh, shard
     from adapt.distributed.world import World
@@ -50,8 +51,7 @@ def measure(rank: int, world: int) -> dict[str, float]:
     )
     results = {}
     for name, fields in SUITES.items():
-        entry = suites[name]
-        results |= entry.factory(entry.config_type(**fields))(context)
+        results |= decode({"name": name, **fields}, SuiteChoice).build()(context)
     return results
 
 
@@ -60,6 +60,8 @@ SUITES = {
     "masked_ce": {"t": (0.5, 1.0)},
     "tokens_per_forward": {"thresholds": (0.9, 0.05), "num_prompts": 3, "prompt_tokens": 8, "new_tokens": 9},
     "passkey": {"lengths": (250, 400, 280), "depths": 1, "trials": 1},
+    "niah": {"lengths": (400,), "depths": 3, "trials": 1, "new_tokens": 5},
+    "exact_match": {"source": {"name": "arithmetic", "count": 3}, "max_new_tokens": 4},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from adapt.components import sources
 from adapt.data.documents import Document
+from adapt.errors import Problem
 
 SALT = 0
 
@@ -28,6 +29,14 @@ class PasskeyConfig:
         for key in ("length", "count"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be 1 or more")
+
+    def problems(self, recipe) -> Iterator[Problem]:
+        if self.length > recipe.data.seq_len:
+            yield Problem(
+                "",
+                f"texts of {self.length:,d} tokens are cut by rows of data.seq_len={recipe.data.seq_len:,d}, and the key "
+                f"would stand in another row than the question: give a `length` of {recipe.data.seq_len:,d} or less",
+            )
 
 
 class PasskeySource:
