@@ -34,7 +34,10 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     recipe = tiny_recipe(tiny_base, tmp_path)
     recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part) for part in ("train", "eval")}
     recipe["objective"] = shrunk(shipped["objective"])
-    recipe["evaluation"] = {"suites": [short(s) for s in shipped["evaluation"]["suites"]], "limit": 4, "every": 2}
+    suites = [short(s, tmp_path) for s in shipped["evaluation"]["suites"]]
+    recipe["evaluation"] = {"suites": suites, "limit": 4, "every": 2}
+    recipe["teacher"] = shipped["teacher"]
+    recipe["export"] |= {"interpolation": shipped["export"]["interpolation"]}
     recipe["generation"] |= {"samplers": shipped["generation"]["samplers"]}
     recipe["trainer"]["steps"] = 3
     assert fit(resolve(recipe)) == 0
@@ -58,12 +61,26 @@ def sources(shipped: list[dict], folder, part: str) -> list[dict]:
     for i, dataset in enumerate(shipped):
         path = corpus(folder, 40, seed=i) if part == "train" else corpus(folder, 12, seed=100 + i)
         label = dataset["name"] or f"{part}-{i}"
-        found.append({"source": {"name": "jsonl", "path": str(path)}, "name": label, "weight": dataset["weight"]})
+        kept = {key: dataset[key] for key in ("weight", "replay", "guard")}
+        found.append({"source": source_of(dataset["source"], path), "name": label} | kept)
     return found
 
 
-def short(suite: dict) -> dict:
-    return suite | {k: SHORT for k in ("prompt_tokens", "new_tokens") if k in suite}
+def source_of(shipped: dict, path) -> dict:
+    """Made-up text in the place of text; prompts and answers stay what they are."""
+    made = shipped["name"] in ("arithmetic", "passkey")
+    return shipped | {"count": 30} if made else {"name": "jsonl", "path": str(path)}
+
+
+def short(suite: dict, folder) -> dict:
+    suite = suite | {k: SHORT for k in ("prompt_tokens", "new_tokens", "max_new_tokens") if k in suite}
+    suite |= {"lengths": [700], "depths": 1, "trials": 1} if "lengths" in suite else {}
+    if "source" in suite:
+        path = folder / "questions.jsonl"
+        asked = {"prompt": "what does the model read?", "response": "a page", "distractors": ["words", "noisy text"]}
+        path.write_text(json.dumps(asked))
+        suite |= {"source": {"name": "jsonl", "path": str(path)}, "limit": 2}
+    return suite
 
 
 def shrunk(objective: dict) -> dict:

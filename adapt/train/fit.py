@@ -335,7 +335,10 @@ class _Run:
         self.root.eval()
         measure = partial(self._measure, recipe, objective) if recipe.evaluation.suites else dict
         wanted, folder = recipe.export.interpolation, self.folder
-        found = interpolate.sweep(self.root, folder.checkpoints, f"step-{of}", wanted, measure, self.world)
+        known = {alpha: state.results[end] for alpha, end in ((0.0, "before"), (1.0, "after")) if end in state.results}
+        if len({frozenset(found) for found in known.values()}) > 1:  # resumed with other suites
+            known.pop(0.0)
+        found = interpolate.sweep(self.root, folder.checkpoints, f"step-{of}", wanted, measure, known, self.world)
         state.results["after"] = found.results
         if self.world.main:
             folder.write_json(interpolate.FILE, found.to_dict())

@@ -109,14 +109,16 @@ def sweep(
     of: str,
     wanted: Interpolation,
     measure: Callable[[], dict[str, float]],
+    known: Mapping[float, dict[str, float]],
     world: World,
 ) -> Sweep:
-    """Measure every alpha, choose, and leave the chosen weights in `root`. Collective."""
+    """Measure every alpha, choose, and leave the chosen weights in `root`. `known`: what was measured of the two ends in
+    the course of the run. Collective."""
     ends = Ends(root, checkpoints / START)
     points = []
     for alpha in alphas(wanted):
         ends.set(alpha)
-        points.append(Point(alpha, measure()))
+        points.append(Point(alpha, dict(known[alpha]) if alpha in known else measure()))
     alpha, why = choose(points, wanted)
     ends.set(alpha)
     return Sweep(of, alpha, why, points, ends.drift(world))
