@@ -2,13 +2,14 @@
 
     python benchmarks/data.py prepare --mb 24        # tokenise + pack: adapt data prepare against datasets.map, 2 processes each
     python benchmarks/data.py clean --mb 2           # every cleaning step alone
-    python benchmarks/data.py memory --mb 64 256     # peak memory of preparation as the input grows
+    python benchmarks/data.py memory --mb 64 256 --tokenizer words    # peak memory of preparation as the input grows
     python benchmarks/data.py access                 # the first batch at sample 0 and at sample 10^7
     python benchmarks/data.py core --mb 1            # the tokenizer's core with offsets and without
 
 Every run is a process of its own and the arms take turns; the table gives medians. CPU seconds (of all its processes)
 are disturbed less by a busy machine than wall seconds; both count from when the tokenizer is loaded. The text is made of
-the docstrings of installed packages, shuffled by line with a seed. `--tokenizer` is any model folder or Hub id.
+the docstrings of installed packages, shuffled by line with a seed. `--tokenizer` is any model folder or Hub id, or `words`: one id per word, fast, for
+measuring what does not depend on the tokenizer.
 """
 
 from __future__ import annotations
@@ -163,8 +164,14 @@ def clock():
 
 
 def tokenizer_of(args: argparse.Namespace):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if args.tokenizer == "words":
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        core = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "<eos>": 2}, "<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
     return AutoTokenizer.from_pretrained(args.tokenizer)
 
 
