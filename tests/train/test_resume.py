@@ -134,7 +134,7 @@ def test_changed_data_is_refused_by_name_before_anything_is_written(tiny_base, t
 def test_the_best_checkpoint_may_be_the_start(tiny_base, tmp_path):
     """A run that only got worse exports what it started from, and its results say so."""
     recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 3, "batch_tokens": 256, "clip": None})
-    recipe |= {"optimizer": {"name": "adamw", "lr": 20.0}}
+    recipe |= {"optimizer": {"name": "adamw", "lr": 5.0}}
     recipe["evaluation"] |= {"best": "bpb/held-out"}
     fit(resolve(recipe))
     run = tmp_path / "runs" / "tiny"
