@@ -27,8 +27,10 @@ class Question:
 class Asker:
     """Prompts and answers -> tokens, exactly as training rows have them: through the chat template if there is one."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, plain: bool = False):
+        """`plain`: as text to go on with, even where there is a chat template."""
         self.encoder = Encoder(tokenizer)
+        self.encoder.has_template = self.encoder.has_template and not plain
         self.special = set(tokenizer.all_special_ids)
         self.chat = self.encoder.has_template
         """Whether there is a chat template, so that an answer begins a turn and no word."""

@@ -137,3 +137,10 @@ def test_only_suites_that_need_held_out_data_ask_for_it(place):  # noqa: F811
     evaluation = {name: decode({"suites": [name]}, Evaluation) for name in ("passkey", "bpb")}
     found = {name: [p.where for p in core_problems(replace(bare, evaluation=e), 0)] for name, e in evaluation.items()}
     assert found == {"passkey": [], "bpb": ["data.eval"]}
+
+
+def test_plain_prompts_are_text_to_go_on_with(monkeypatch, tokenizer):
+    seen = oracle.install(monkeypatch, lambda text: " " + re.search(r"The pass key is (\d+)\.", text)[1])
+    assert suite("passkey", prompt="plain", **SMALL)(context(None))["passkey"] == 1
+    assert all(tokenizer.decode(prompt).endswith("The pass key is") for prompt in seen)
+    assert suite("passkey", **SMALL)(context(None))["passkey"] == 0  # a turn does not begin with a space

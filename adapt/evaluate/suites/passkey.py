@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from adapt.components import suites
 from adapt.errors import Problem
@@ -30,6 +31,9 @@ class PasskeyConfig:
     """Equal parts of the text; a key stands anywhere in its part."""
     trials: int = 20
     """Texts of each length and depth."""
+    prompt: Literal["trained", "plain"] = "trained"
+    """`trained`: as training rows have it, a user's turn where the tokenizer has a chat template. `plain`: as text to go
+    on with, for chat models that have not been trained on the task and would answer in a sentence."""
 
     def __post_init__(self) -> None:
         check_grid(self)
@@ -53,7 +57,7 @@ class Passkey:
         from adapt.evaluate.answers import answer_nats, greedy, mean, require_causal
 
         require_causal("passkey", context)
-        config, asker = self.config, Asker(context.tokenizer)
+        config, asker = self.config, Asker(context.tokenizer, plain=self.config.prompt == "plain")
         generate, questions, cells = Passkeys(asker.count), [], []
         for length in config.lengths:
             for part in range(config.depths):
