@@ -74,10 +74,10 @@ def source_of(shipped: dict, path) -> dict:
 
 def short(suite: dict, folder) -> dict:
     suite = suite | {k: SHORT for k in ("prompt_tokens", "new_tokens", "max_new_tokens") if k in suite}
-    suite |= {"lengths": [700], "depths": 1, "trials": 1} if "lengths" in suite else {}
+    suite |= {"lengths": [480], "depths": 1, "trials": 1} if "lengths" in suite else {}
     if "source" in suite:
         path = folder / "questions.jsonl"
-        asked = {"prompt": "what does the model read?", "response": "a page", "distractors": ["words", "noisy text"]}
+        asked = {"prompt": "what does the model read?", "response": "7 pages", "distractors": ["words", "noisy text"]}
         path.write_text(json.dumps(asked))
         suite |= {"source": {"name": "jsonl", "path": str(path)}, "limit": 2}
     return suite
