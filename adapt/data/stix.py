@@ -16,7 +16,7 @@ CITATION = re.compile(r"\s*\(Citation:[^()]*(?:\([^()]*\)[^()]*)*(?:\)|$)")
 LINK = re.compile(r"\[([^\]]+)\]\([^)\s]*(?:\)|$)")
 TAG = re.compile(r"</?(?:code|br|p|b|i|em|strong|ul|ol|li|div)\s*/?>", re.IGNORECASE)
 SPACE_BEFORE_STOP = re.compile(r" +([.,;:])(?=\s|$)")
-SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s+[A-Z(\"'\[]|\s*$)")
+SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.!?][\"')\]]*(?=\s+[A-Z(\"'\[]|\s*$)")
 
 
 @dataclass(frozen=True)

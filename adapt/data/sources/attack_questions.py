@@ -190,7 +190,7 @@ def _flexible(name: str) -> str:
 
 def shortened(text: str, characters: int) -> str:
     """Whole sentences at the beginning of a text, at least one."""
-    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    sentences = re.split(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+", text.strip())
     kept = sentences[:1]
     for sentence in sentences[1:]:
         if len(" ".join([*kept, sentence])) > characters:
