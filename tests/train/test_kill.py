@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +17,39 @@ import yaml
 from adapt.config import resolve
 from adapt.train.fit import fit
 from tests import tiny
-from tests.recipes import tiny_recipe
+from tests.recipes import corpus, tiny_recipe
 from tests.train.test_fit import ROOT, losses, weights
 
 STEPS = 40
 
 
+def mixed(folder) -> dict[str, Any]:
+    """Two sources whose weights change, packed by best fit, their inputs masked at a rising ratio."""
+    old, new = (
+        {
+            "source": {"name": "jsonl", "path": str(corpus(folder, 60, seed=i))},
+            "name": name,
+            "clean": ["unicode", "lines"],
+        }
+        for i, name in enumerate(("old", "new"), 2)
+    )
+    train = [old | {"weight": [{"until": 0.5, "weight": 1}, {"weight": 0.3}]}, new | {"weight": 2}]
+    return {
+        "data": {"train": train, "packing": "best_fit"},
+        "objective": {"name": "meap", "ratio": 0.3, "ratio_schedule": {"start": 0.0, "warmup_frac": 0.5}},
+        "evaluation": {"suites": ["bpb"], "limit": 4},
+        "generation": {"prompts": ["the model"], "max_new_tokens": 8, "samplers": ["ar"]},
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments(seed, tmp_path):
+@pytest.mark.parametrize(("kind", "seed"), [("diffusion", 0), ("diffusion", 1), ("diffusion", 2), ("mixed", 0)])
+def test_killed_at_random_moments(kind, seed, tmp_path):
     """Start-up, data preparation, steps, saving and export are all hit; losses and weights equal the straight run's."""
     base = tiny.save_tiny(tmp_path / "base", attention_dropout=0.2)
     over = {"trainer": {"steps": STEPS, "batch_tokens": 256, "microbatch": 2}, "checkpoint": {"every": 3}}
+    over |= mixed(tmp_path) if kind == "mixed" else {}
     fit(resolve(tiny_recipe(base, tmp_path, run={"name": "straight"}, **over)))
     recipe = tiny_recipe(base, tmp_path, run={"name": "killed"}, **over)
     path = tmp_path / "recipe.yaml"
