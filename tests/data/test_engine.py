@@ -18,7 +18,7 @@ import pytest
 
 from adapt.config.decode import decode
 from adapt.data import batches, journal, work, workers
-from adapt.data import prepare as prepare_module
+from adapt.data import build as build_module
 from adapt.data.prepare import prepare
 from adapt.errors import UserError
 from tests.data.helpers import recipe, text_of, write_jsonl
@@ -221,7 +221,7 @@ def test_a_killed_preparation_goes_on_and_writes_the_same_bytes(made, small, tok
 def test_what_does_not_fit_is_started_afresh_and_said(made, small, tokenizer, caplog, monkeypatch, damage):
     monkeypatch.setattr(journal, "SECONDS", 0.0)
     whole = prepare(made("whole"), tokenizer, progress=False)
-    write = prepare_module.build.__globals__["_Preparation"].write
+    write = build_module._Preparation.write
     calls = itertools.count()
 
     def interrupted(self, *args):
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_started_afresh_and_said(made, small, tokenizer, ca
             raise KeyboardInterrupt
         return write(self, *args)
 
-    monkeypatch.setattr(prepare_module.build.__globals__["_Preparation"], "write", interrupted)
+    monkeypatch.setattr(build_module._Preparation, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(made("cut"), tokenizer, progress=False)
     monkeypatch.undo()
@@ -248,6 +248,25 @@ def test_what_does_not_fit_is_started_afresh_and_said(made, small, tokenizer, ca
     again = prepare(made("cut"), tokenizer, progress=False)
     assert "starting afresh" in caplog.text
     assert files(again) == files(whole)
+
+
+def test_a_full_preparation_that_was_killed_before_its_end_reads_no_further(
+    made, small, tokenizer, tmp_path, monkeypatch
+):
+    path = made("x").data.train[0].source.config.path
+    entry = {"source": f"jsonl:{path}", "max_tokens": 2000, "name": "full"}
+
+    def prepared(cache):
+        return prepare(recipe([entry], max_bad_lines=0.5, cache=str(tmp_path / cache)), tokenizer, progress=False)
+
+    whole = prepared("whole")
+    monkeypatch.setattr(journal, "SECONDS", 0.0)
+    monkeypatch.setattr(build_module._Preparation, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepared("cut")
+    monkeypatch.undo()
+    monkeypatch.setattr(build_module._Preparation, "tokenised", None)  # would fail if called
+    assert prepared("cut").train[0].manifest == whole.train[0].manifest
 
 
 def test_document_weights_lie_beside_the_tokens(made, tokenizer, tmp_path):
