@@ -183,7 +183,9 @@ def start(made, slow: float) -> subprocess.Popen:
 
     command = [sys.executable, "-c", SCRIPT.format(slow=slow), json.dumps(encode(made.data))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -215,6 +217,21 @@ def test_a_killed_preparation_goes_on_and_writes_the_same_bytes(made, small, tok
     assert files(again) == files(whole)
     assert again.train[0].manifest == whole.train[0].manifest
     assert not left.exists()
+
+
+def test_ctrl_c_ends_at_once_and_leaves_no_worker(made):
+    process = start(made("stopped", 2), slow=0.2)
+    folder = Path(made("stopped").data.cache) / "data"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("train*.part/journal.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    helpers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    assert helpers
+    assert not alive
+    assert list(folder.glob("train*.part/journal.json"))  # there is something to go on with
 
 
 @pytest.mark.parametrize("damage", ["journal", "key", "file", "missing"])
