@@ -258,9 +258,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(args: argparse.Namespace) -> int:
-    resolved = _load(args)
     from adapt.data import clean_verb, verbs
 
+    if args.what != "clean":
+        clean_verb.refuse_options(args)
+    resolved = _load(args)
     verb = {"fetch": verbs.fetch, "prepare": verbs.prepare_verb, "stats": verbs.stats, "clean": clean_verb.clean}
     return verb[args.what](resolved, args)
 

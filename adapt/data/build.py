@@ -78,10 +78,10 @@ def build(
     task = _Preparation(source, encoder, options, tuple(against), folder, facts["config_fingerprint"])
     with Workers(options.workers, task.work) as workers, _bar(facts["label"], progress) as show:
         try:
-            for batch, (results, weights) in task.tokenised(workers):
-                is_full = task.write(batch, results, weights)
+            for batch, (results, weights) in () if task.is_full else task.tokenised(workers):
+                task.write(batch, results, weights)
                 show(task.counts.documents, task.writer.num_tokens, task.counts.steps[-1].bytes_in)
-                if is_full:
+                if task.is_full:
                     break
         finally:
             task.writer.close()
@@ -207,16 +207,15 @@ class _Preparation:
             batch.marks["hashes"] = len(self.dedup.hashes)
             yield batch
 
-    def write(self, batch: Batch, results: list[list[Encoded] | BadRecord], weights: list[float] | None) -> bool:
-        """Append what is left of a batch, and its counts; whether that makes enough tokens."""
+    def write(self, batch: Batch, results: list[list[Encoded] | BadRecord], weights: list[float] | None) -> None:
+        """Append what is left of a batch, and its counts."""
         tally = Tally("tokenise")
-        limit = self.options.max_tokens
         if batch.bad:
             batch.tallies[0].num_in += len(batch.bad)
             batch.tallies[0].dropped["malformed"] += len(batch.bad)
         for i, (document, result, size) in enumerate(zip(batch.documents, results, batch.sizes, strict=True)):
             tally.enter(size)
-            reason = self._refused(document, result, limit)
+            reason = self._refused(document, result)
             if isinstance(result, BadRecord):
                 batch.bad.append(result)
             if reason is not None:
@@ -234,10 +233,15 @@ class _Preparation:
         self._remember(batch.marks)
         if self.journal.is_due:
             self.commit()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are enough tokens: of an interrupted run, from the start."""
+        limit = self.options.max_tokens
         return limit is not None and self.writer.num_tokens >= limit
 
-    def _refused(self, document: Document, result: list[Encoded] | BadRecord, limit: int | None) -> str | None:
-        if limit is not None and self.writer.num_tokens >= limit:
+    def _refused(self, document: Document, result: list[Encoded] | BadRecord) -> str | None:
+        if self.is_full:
             return "beyond max_tokens"
         if isinstance(result, BadRecord):
             return "malformed"

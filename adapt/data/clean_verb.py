@@ -37,6 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_options(args: argparse.Namespace) -> None:
+    """For the other verbs: an option of `clean` given there would do nothing."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    given = [name for name, value in defaults.items() if getattr(args, name, value) != value]
+    if given:
+        raise UserError(
+            [
+                Problem(f"--{n.replace('_', '-')}", f"is for `adapt data clean`; {args.what} has no such option")
+                for n in given
+            ]
+        )
+
+
 def clean(resolved: Any, args: argparse.Namespace) -> int:
     problems = list(_problems(args))
     if problems:

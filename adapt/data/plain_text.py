@@ -65,8 +65,7 @@ class PlainText:
         mark before every text) may a token at the cut be another.
         """
         short = [t for t in texts if len(t) <= PIECE]
-        # not `encode_batch_fast`: without offsets tokenizers 0.23 takes 1.5 times as long (benchmarks/data.py core)
-        encoded = iter(self._core.encode_batch(short, add_special_tokens=special) if short else ())
+        encoded = iter(self._core.encode_batch_fast(short, add_special_tokens=special) if short else ())
         return [next(encoded).ids if len(t) <= PIECE else self._long(t, special) for t in texts]
 
     def ended(self, ids):
@@ -76,7 +75,7 @@ class PlainText:
         return np.append(ids, np.int32(self.eos)) if isinstance(ids, np.ndarray) else [*ids, self.eos]
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        return self._core.encode(text, add_special_tokens=special).ids
+        return self._core.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
     def _long(self, text: str, special: bool) -> np.ndarray:
         parts = [np.array(self._encode(piece, special=False), np.int32) for piece in pieces(text)]

@@ -43,7 +43,7 @@ def to_document(record: Any, fields: Fields, where: str, part: str) -> Document 
         return BadRecord(where, f"expected an object with fields, got {type(record).__name__}")
     try:
         form = _form(record, fields)
-        return Document(id=where, meta={**_facts(record, form), "part": part, **_distractors(record)}, **form)
+        return Document(id=where, meta={**_facts(record, form, fields), "part": part, **_distractors(record)}, **form)
     except _BadField as error:
         return BadRecord(where, str(error))
 
@@ -81,15 +81,16 @@ def _form(record: dict[str, Any], fields: Fields) -> dict[str, Any]:
     )
 
 
-def _facts(record: dict[str, Any], form: dict[str, Any]) -> dict[str, Any]:
+def _facts(record: dict[str, Any], form: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """Its other short values, which `document_weight` may speak of: numbers, true or false, text of up to 1,000
     characters."""
-    own = [id(value) for value in form.values()]
+    own = {id(value) for value in form.values()}
+    texts = {key for keys in USUAL.values() for key in keys} | {*filter(None, vars(fields).values())}
     return {
         str(key): value
         for key, value in record.items()
         if (isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= SHORT))
-        and id(value) not in own
+        and not (key in texts and id(value) in own)
     }
 
 

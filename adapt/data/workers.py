@@ -16,12 +16,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from adapt.data.work import Work
 from adapt.errors import UserError
 
-START = 4 * 2**20
+START = 2 * 2**20
 """Characters done in this process before workers are started: small data does not pay for them."""
 AHEAD = 2
 """Batches in flight for each worker."""
@@ -98,7 +99,8 @@ class _Pool:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._all:
             process.wait()
-            process.stdin.close()
+            with suppress(OSError):  # what was not yet sent
+                process.stdin.close()
             process.stdout.close()
 
     def _call(self, method: str, arguments: tuple) -> Any:

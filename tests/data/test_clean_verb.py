@@ -102,3 +102,12 @@ def test_what_is_missing_is_said_at_once(resolved, tmp_path, monkeypatch):
     monkeypatch.setattr(clean_verb, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs datatrove: pip install 'adapt-lm\[scale\]'"):
         clean_verb.clean(resolved, arguments("--to", str(tmp_path)))
+
+
+def test_its_options_are_refused_elsewhere(capsys):
+    from adapt.cli import main
+
+    assert main(["data", "stats", "-c", "nbdiff", "--to", "x", "--tasks", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "--to: is for `adapt data clean`; stats has no such option" in told
+    assert "--tasks" in told

@@ -18,7 +18,7 @@ import pytest
 
 from adapt.config.decode import decode
 from adapt.data import batches, journal, work, workers
-from adapt.data import prepare as prepare_module
+from adapt.data import build as build_module
 from adapt.data.prepare import prepare
 from adapt.errors import UserError
 from tests.data.helpers import recipe, text_of, write_jsonl
@@ -183,7 +183,9 @@ def start(made, slow: float) -> subprocess.Popen:
 
     command = [sys.executable, "-c", SCRIPT.format(slow=slow), json.dumps(encode(made.data))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -217,11 +219,26 @@ def test_a_killed_preparation_goes_on_and_writes_the_same_bytes(made, small, tok
     assert not left.exists()
 
 
+def test_ctrl_c_ends_at_once_and_leaves_no_worker(made):
+    process = start(made("stopped", 2), slow=0.2)
+    folder = Path(made("stopped").data.cache) / "data"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("train*.part/journal.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    helpers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    assert helpers
+    assert not alive
+    assert list(folder.glob("train*.part/journal.json"))  # there is something to go on with
+
+
 @pytest.mark.parametrize("damage", ["journal", "key", "file", "missing"])
 def test_what_does_not_fit_is_started_afresh_and_said(made, small, tokenizer, caplog, monkeypatch, damage):
     monkeypatch.setattr(journal, "SECONDS", 0.0)
     whole = prepare(made("whole"), tokenizer, progress=False)
-    write = prepare_module.build.__globals__["_Preparation"].write
+    write = build_module._Preparation.write
     calls = itertools.count()
 
     def interrupted(self, *args):
@@ -229,7 +246,7 @@ def test_what_does_not_fit_is_started_afresh_and_said(made, small, tokenizer, ca
             raise KeyboardInterrupt
         return write(self, *args)
 
-    monkeypatch.setattr(prepare_module.build.__globals__["_Preparation"], "write", interrupted)
+    monkeypatch.setattr(build_module._Preparation, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(made("cut"), tokenizer, progress=False)
     monkeypatch.undo()
@@ -248,6 +265,25 @@ def test_what_does_not_fit_is_started_afresh_and_said(made, small, tokenizer, ca
     again = prepare(made("cut"), tokenizer, progress=False)
     assert "starting afresh" in caplog.text
     assert files(again) == files(whole)
+
+
+def test_a_full_preparation_that_was_killed_before_its_end_reads_no_further(
+    made, small, tokenizer, tmp_path, monkeypatch
+):
+    path = made("x").data.train[0].source.config.path
+    entry = {"source": f"jsonl:{path}", "max_tokens": 2000, "name": "full"}
+
+    def prepared(cache):
+        return prepare(recipe([entry], max_bad_lines=0.5, cache=str(tmp_path / cache)), tokenizer, progress=False)
+
+    whole = prepared("whole")
+    monkeypatch.setattr(journal, "SECONDS", 0.0)
+    monkeypatch.setattr(build_module._Preparation, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepared("cut")
+    monkeypatch.undo()
+    monkeypatch.setattr(build_module._Preparation, "tokenised", None)  # would fail if called
+    assert prepared("cut").train[0].manifest == whole.train[0].manifest
 
 
 def test_document_weights_lie_beside_the_tokens(made, tokenizer, tmp_path):
