@@ -24,7 +24,7 @@ COLUMNS = ["experiment", "arm", "seed", "step", "metric", "value", "date"]
 
 
 def replay(share: float) -> list[str]:
-    plain = ["objective.kl_to_base=0", "export.interpolation=null", "evaluation.every=8"]
+    plain = ["objective.kl_to_base=0", "export.interpolation=null", "evaluation.every=16"]
     return [f"data.train.0.weight={1 - share}", f"data.train.1.weight={share}", *plain]
 
 
@@ -37,7 +37,7 @@ EXPERIMENTS = {
         "no replay": replay(0.0),
         "5 % replay": replay(0.05),
         "25 % replay": replay(0.25),
-        "25 % replay, KL 0.1": ["export.interpolation=null", "evaluation.every=8"],
+        "25 % replay, KL 0.1": ["export.interpolation=null", "evaluation.every=16"],
     },
     "meap": {"next_token": ["objective={name: next_token}", SUITES], "meap": [SUITES]},
     "masked_thought": {"fine-tuning": ["objective={name: next_token}", PROBLEMS], "masked_thought": [PROBLEMS]},
