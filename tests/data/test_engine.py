@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -324,10 +325,12 @@ def test_an_expression_that_is_none_is_a_problem_of_the_recipe():
 
 
 def test_the_options_have_ranges(tokenizer, tmp_path):
+    from adapt.config.schema import Trainer
     from adapt.train.rules import _data
 
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}])
     made = recipe([{"source": f"jsonl:{path}", "document_weight": "2 if"}], decontaminate=1, workers=0)
+    made = dataclasses.replace(made, trainer=Trainer(steps=1))
     assert {p.where for p in _data(made)} == {"data.train[0].document_weight", "data.decontaminate", "data.workers"}
 
 

@@ -357,6 +357,7 @@ def test_pad_equal_to_eos_still_trains_eos(tmp_path):
     from adapt.components import conversions
     from adapt.config import resolve
     from adapt.conversion.base import planned_tokenizer
+    from adapt.data.plan import Plan
     from adapt.data.prepare import prepare
     from adapt.data.rows import Rows
     from adapt.data.stream import TrainStream
@@ -374,7 +375,7 @@ def test_pad_equal_to_eos_still_trains_eos(tmp_path):
     recipe = resolve(recipe).recipe
     planned = planned_tokenizer(recipe)
     assert planned.pad_token_id == planned.eos_token_id != planned.mask_token_id
-    stream = TrainStream([Rows(s, 64, 0) for s in prepare(recipe, planned).train], [1.0], 0)
+    stream = TrainStream([Rows(s, 64, 0) for s in prepare(recipe, planned).train], Plan([(0, [1.0])]))
     batch = stream.step_batch(0, 2)
     prepared = thought(ratio=0.9).prepare(batch, seed=0, step=0)
     targets = torch.cat([prepared.inputs[f"{t}/target"] for t in prepared.terms]).tolist()
