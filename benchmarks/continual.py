@@ -28,10 +28,10 @@ def replay(share: float) -> list[str]:
     return [f"data.train.0.weight={1 - share}", f"data.train.1.weight={share}", *plain]
 
 
-NEEDLES = "{name: multi_needle, ask: one, needles: 4, lengths: [512, 1024], depths: 5, trials: 4, new_tokens: 24}"
-PASSKEYS = "{name: passkey, prompt: plain, lengths: [512, 1024], depths: 5, trials: 4}"
+NEEDLES = "{name: multi_needle, ask: one, needles: 4, lengths: [512, 1024], depths: 5, trials: 2, new_tokens: 24}"
+PASSKEYS = "{name: passkey, prompt: plain, lengths: [512, 1024], depths: 5, trials: 2}"
 SUITES = f"evaluation.suites=[bpb, {PASSKEYS}, {NEEDLES}]"
-PROBLEMS = "evaluation.suites.0.limit=48"
+PROBLEMS = "evaluation.suites.0.limit=40"
 EXPERIMENTS = {
     "dap": {
         "no replay": replay(0.0),
