@@ -28,19 +28,15 @@ def replay(share: float) -> list[str]:
     return [f"data.train.0.weight={1 - share}", f"data.train.1.weight={share}", *plain]
 
 
-NEEDLES = "{name: multi_needle, ask: one, needles: 4, lengths: [512, 1024], depths: 5, trials: 2, new_tokens: 24}"
-PASSKEYS = "{name: passkey, prompt: plain, lengths: [512, 1024], depths: 5, trials: 2}"
-SUITES = f"evaluation.suites=[bpb, {PASSKEYS}, {NEEDLES}]"
-PROBLEMS = "evaluation.suites.0.limit=40"
 EXPERIMENTS = {
     "dap": {
         "no replay": replay(0.0),
         "5 % replay": replay(0.05),
         "25 % replay": replay(0.25),
-        "25 % replay, KL 0.1": ["export.interpolation=null", "evaluation.every=16"],
+        "25 % replay, KL 0.1": ["export.interpolation=null"],
     },
-    "meap": {"next_token": ["objective={name: next_token}", SUITES], "meap": [SUITES]},
-    "masked_thought": {"fine-tuning": ["objective={name: next_token}", PROBLEMS], "masked_thought": [PROBLEMS]},
+    "meap": {"next_token": ["objective={name: next_token}"], "meap": []},
+    "masked_thought": {"fine-tuning": ["objective={name: next_token}"], "masked_thought": []},
 }
 SHOWN = {
     "dap": [
