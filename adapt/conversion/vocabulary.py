@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ from adapt.config.schema import Recipe, Tokenizer
 from adapt.conversion.base import fill_rows
 from adapt.conversion.new_tokens import WHERE, NewTokens, new_tokens
 from adapt.errors import NotReachable, Problem, UserError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,6 @@ class Vocabulary:
                 weight[list(new.ids)] = (rescaled(table, start) if self.config.rescale else start).to(weight.dtype)
         model.config.vocab_size = rows
         fill_rows(model, new.ids)
-        log.info("vocabulary: %d new tokens, %d embedding rows (%d before)", len(new.ids), rows, old)
 
     def _new(self, rows: int, *, offline: bool) -> NewTokens:
         """From the tokenizers as they are read: what other conversions add is theirs to initialise."""
