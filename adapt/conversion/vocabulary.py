@@ -34,6 +34,11 @@ class VocabularyConfig:
     def problems(self, recipe) -> Iterator[Problem]:
         if not recipe.tokenizer.path:
             yield Problem(WHERE, "the conversion `vocabulary` needs the extended tokenizer; give its folder")
+        if recipe.teacher is not None and recipe.teacher.base == "self":
+            what = (
+                "self is the base before conversions, and it cannot read the new tokens; take a teacher that has them"
+            )
+            yield Problem("teacher.base", f"{what} (the export of a run that learned them), or do without one")
         if self.pad_to_multiple < 1:
             yield Problem("", f"pad_to_multiple={self.pad_to_multiple} must be 1 or more; 64 and 128 are usual")
 

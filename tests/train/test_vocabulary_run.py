@@ -67,5 +67,7 @@ def test_what_keeps_a_tokenizer_from_being_an_extension_is_said_by_validate(tiny
     assert [p.where for p in check(resolve(recipe)).problems] == ["tokenizer.path"]
     conversion = {"name": "vocabulary", "pad_to_multiple": 0, "init": {"name": "blend", "share": 2.0}}
     recipe = extending(tiny_base, tmp_path, model={"conversions": [conversion]})
+    taught = extending(tiny_base, tmp_path, teacher={"base": "self"}, evaluation={"suites": ["kl_to_base"]})
+    assert "teacher.base" in [p.where for p in check(resolve(taught)).problems]
     where = "model.conversions[0]"
     assert [p.where for p in check(resolve(recipe)).problems] == [where, f"{where}.init"]
