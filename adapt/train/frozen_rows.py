@@ -36,7 +36,7 @@ class FrozenRows:
         """Gradients of frozen rows, on every rank's own shard."""
         for parameter, rows in self.frozen:
             if parameter.grad is not None:
-                _local(parameter.grad)[rows] = 0
+                _local(parameter.grad).index_fill_(0, rows, 0)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """Every step of it leaves frozen rows as they were, bit for bit."""
@@ -46,17 +46,17 @@ class FrozenRows:
 
     @torch.no_grad()
     def _keep(self) -> None:
-        self.kept = [_local(parameter)[rows] for parameter, rows in self.frozen]
+        self.kept = [_local(parameter).index_select(0, rows) for parameter, rows in self.frozen]
 
     @torch.no_grad()
     def _restore(self) -> None:
         for (parameter, rows), kept in zip(self.frozen, self.kept, strict=True):
-            _local(parameter)[rows] = kept
+            _local(parameter).index_copy_(0, rows, kept)
         self.kept = []
 
 
 def _others(parameter: nn.Parameter, filled: tuple[int, ...]) -> Tensor:
-    """[local rows] bool: rows of this rank's shard that are not among the filled ones."""
+    """Indices into this rank's shard: rows that are not among the filled ones."""
     start = 0
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -66,7 +66,8 @@ def _others(parameter: nn.Parameter, filled: tuple[int, ...]) -> Tensor:
     with torch.no_grad():
         local = _local(parameter)
     rows = torch.arange(start, start + len(local), device=local.device)
-    return ~torch.isin(rows, torch.tensor(filled, dtype=rows.dtype, device=local.device))
+    new = torch.isin(rows, torch.tensor(filled, dtype=rows.dtype, device=local.device))
+    return (~new).nonzero().flatten()
 
 
 def _local(tensor: Tensor) -> Tensor:
