@@ -57,8 +57,8 @@ def _problems(old: dict[str, int], new: dict[str, int]) -> list[Problem]:
                 "under their old ids",
             )
         )
-    if twice := [i for i, n in Counter(new.values()).items() if n > 1]:
-        names = ", ".join(repr(t) for t, i in new.items() if i == twice[0])
+    if twice := sorted(i for i, n in Counter(new.values()).items() if n > 1):
+        names = ", ".join(repr(t) for t in sorted(t for t, i in new.items() if i == twice[0]))
         found.append(Problem(WHERE, f"has {len(twice):,} ids with two tokens: {twice[0]} is {names}; build it again"))
     if not found and len(new) == len(old):
         found.append(

@@ -18,13 +18,19 @@ from tests import tiny
 from tests.conversion.extended import extended_tokenizer, save_extended
 from tests.pretrained.recipes import recipe
 
-TIED = {"tied": {}, "untied": {"tie_word_embeddings": False}}
+BASES = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "qwen2, untied": {"family": "qwen2"},
+    "qwen3, tied": {"family": "qwen3"},
+    "mistral, untied": {"family": "mistral"},
+}
 OLD = torch.arange(4, 44).reshape(2, 20)
 
 
-@pytest.fixture(params=TIED)
+@pytest.fixture(params=BASES)
 def base(request, tmp_path):
-    return tiny.save_tiny(tmp_path / "base", **TIED[request.param])
+    return tiny.save_tiny(tmp_path / "base", **BASES[request.param])
 
 
 def converted(base, folder, *, before=(), after=(), count=40, special=None, **config):
@@ -243,6 +249,42 @@ def test_a_tokenizer_that_is_no_extension_is_refused(tmp_path, tiny_base, change
         plan_conversions(made, config, load_tokenizer(made))
     with pytest.raises(UserError, match="tokenizer.path"):
         apply_conversions(made, load_model(made), load_tokenizer(made))
+
+
+def above_the_vocabulary(folder):
+    """A base as Llama 3 is laid out: special tokens (320, 321) behind the model's vocabulary."""
+    tiny.save_tiny(folder, vocab_size=322)
+    tokenizer = tiny.tiny_tokenizer.__wrapped__()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_special_tokens_behind_the_vocabulary_keep_their_ids_and_rows(tmp_path):
+    tokenizer = above_the_vocabulary(tmp_path / "base")
+    extended_tokenizer(base=tokenizer, special="<|a|>").save_pretrained(tmp_path / "t")
+    old, model, made = converted(tmp_path / "base", tmp_path / "t")
+    assert made.convert_tokens_to_ids(["<|a|>", "<|b|>"]) == [320, 321]
+    assert model.config.vocab_size == 362
+    assert torch.equal(tables(model)[0][:322], tables(old)[0])
+    assert filled_rows(model) == tuple(range(322, 362))
+
+
+def test_special_tokens_that_new_words_drove_away_are_refused(tmp_path):
+    """Without them in the vocabulary, loading renumbers them silently: `tokenizers` puts them behind it."""
+    tokenizer = above_the_vocabulary(tmp_path / "base")
+    extended_tokenizer(base=tokenizer, special="<|a|>").save_pretrained(tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    for token in ("<|a|>", "<|b|>"):
+        del stored["model"]["vocab"][token]
+    path.write_text(json.dumps(stored))
+    made = recipe(tmp_path / "base", tokenizer=tmp_path / "t", conversions=["vocabulary"])
+    with pytest.raises(
+        UserError, match=r"'<\|a\|>' is 320 in the base and 360 here(.|\n)*360 is '<\|a\|>', 'Ġ"
+    ) as error:
+        plan_conversions(made, load_model(made).config, load_tokenizer(made))
+    assert "under their old ids" in str(error.value)
 
 
 def test_nothing_to_extend_is_refused(tiny_base):
