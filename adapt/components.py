@@ -15,7 +15,12 @@ block_sizes = Registry(
 conversions = Registry(
     "conversion",
     "adapt.conversion",
-    "How a pretrained model becomes the student: config -> Conversion; applied in order.",
+    "How a pretrained model becomes the student: config, recipe -> Conversion; applied in order.",
+)
+initialisers = Registry(
+    "initialiser",
+    "adapt.conversion.initialisers",
+    "How the rows of new tokens start: config -> Initialiser; called by the conversion that extends the vocabulary.",
 )
 optimizers = Registry("optimizer", "adapt.optim", "config -> build(model) -> torch.optim.Optimizer; one per stage.")
 schedules = Registry(
@@ -56,6 +61,10 @@ class BlockSizesChoice(Selection):
 
 class ConversionChoice(Selection):
     registry = conversions
+
+
+class InitialiserChoice(Selection):
+    registry = initialisers
 
 
 class OptimizerChoice(Selection):

@@ -160,6 +160,9 @@ class Trainable:
     """Name patterns of parameters that train."""
     exclude: tuple[str, ...] = ()
     """Name patterns of parameters that stay frozen; wins over include."""
+    rows: Literal["all", "new"] = "all"
+    """`new`: where the embedding and the head train, only the rows that a conversion filled do (new words, a mask
+    token); the others stay as they are, bit for bit."""
     lora: Lora | None = None
     """Train low-rank adapters on a frozen base; merged at export."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
 from adapt.config.schema import Recipe
@@ -54,8 +55,21 @@ def apply_conversions(recipe: Recipe, model, tokenizer) -> None:
 
 def _conversions(recipe: Recipe):
     for index, choice in enumerate(recipe.model.conversions):
-        yield f"model.conversions[{index}]", choice.build()
+        yield f"model.conversions[{index}]", choice.build(recipe)
+
+
+def fill_rows(model, ids) -> None:
+    """Remember that a conversion gave these rows of embedding and head their start (`trainable.rows: new`)."""
+    model.filled_rows = tuple(sorted({*filled_rows(model), *ids}))
+
+
+def filled_rows(model) -> tuple[int, ...]:
+    """Rows of embedding and head that conversions have filled: those of new tokens, of a mask token."""
+    return getattr(model, "filled_rows", ())
 
 
 def _prefixed(where: str, problem: Problem) -> Problem:
+    """A key of the conversion's own gets its place; one of another section has it."""
+    if problem.where.partition(".")[0] in {f.name for f in dataclasses.fields(Recipe)}:
+        return problem
     return Problem(f"{where}.{problem.where}" if problem.where else where, problem.what)

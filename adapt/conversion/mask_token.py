@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapt.components import conversions
+from adapt.conversion.base import fill_rows
 from adapt.errors import Problem, UserError
 
 NEW_TOKEN = "<|mask|>"
@@ -41,6 +42,8 @@ class Choice:
 
 
 class MaskToken:
+    fills_rows = True
+
     def __init__(self, config: MaskTokenConfig):
         self.config = config
 
@@ -73,6 +76,7 @@ class MaskToken:
             embedding = model.get_input_embeddings().weight
             if choice.how == "new" or (self.config.init == "mean" and not known):
                 embedding[choice.id] = _mean(embedding, trained)
+                fill_rows(model, [choice.id])
             head = model.get_output_embeddings()
             # an untied head's existing row already says how unlikely the token is; a new one starts in the middle
             if choice.how == "new" and head is not None and head.weight is not embedding:
@@ -83,7 +87,7 @@ class MaskToken:
 
 
 @conversions.register("mask_token")
-def mask_token(config: MaskTokenConfig) -> MaskToken:
+def mask_token(config: MaskTokenConfig, recipe) -> MaskToken:
     return MaskToken(config)
 
 
@@ -104,7 +108,8 @@ def choose(wish: MaskTokenConfig, config, tokenizer) -> Choice:
             raise UserError(Problem("token", "is empty"))
         choice = Choice(spare, name, "spare" if spare < rows else "new")
     if choice.id > rows:
-        raise UserError(Problem("", f"the tokenizer has {spare} tokens, but the model only {rows} embedding rows"))
+        what = f"the tokenizer has {spare} tokens, but the model only {rows} embedding rows"
+        raise UserError(Problem("", f"{what}; a conversion that extends the vocabulary comes before this one"))
     if choice.how != "new" and not 0 <= choice.id < rows:
         raise UserError(Problem("id", f"{choice.token!r} has id {choice.id}, but the model has {rows} embedding rows"))
     _refuse_taken(choice.id, config, tokenizer)

@@ -89,6 +89,9 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -
                 optimizer.state.clear()  # saved before its first step
             optimizer = None
         tensors = _tensors(root, optimizer, filling=True)
+        of = {n.rpartition("/")[0] for n in saved}
+        thawed = {n for n in tensors if n.startswith("optimizer/") and n.rpartition("/")[0] not in of}
+        tensors = {n: t for n, t in tensors.items() if n not in thawed}
         dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except (
         dcp.api.CheckpointException,
@@ -105,9 +108,11 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -
     if optimizer is not None:
         whole = get_optimizer_state_dict(root, optimizer)
         for name, entries in whole["state"].items():
-            for key in entries:
-                entries[key] = tensors[f"optimizer/{name}/{key}"]
+            entries.update((key, tensors.get(f"optimizer/{name}/{key}", empty)) for key, empty in entries.items())
         set_optimizer_state_dict(root, optimizer, whole)
+        for name, parameter in root.named_parameters():  # frozen when this was saved: it has no moments yet
+            if any(n.startswith(f"optimizer/{name}/") for n in thawed):
+                optimizer.state.pop(parameter, None)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adapt.config.schema import Recipe, Trainable
-from adapt.conversion.base import apply_conversions
+from adapt.conversion.base import apply_conversions, filled_rows
 from adapt.distributed.shard import make_mesh, shard
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
@@ -16,6 +16,7 @@ from adapt.pretrained import load_model
 from adapt.pretrained.families import longest_row
 from adapt.pretrained.lora import add_lora
 from adapt.tokenization.vocabulary import Vocabulary
+from adapt.train.frozen_rows import row_parameters
 from adapt.train.root import Root
 from adapt.train.trainable import select
 
@@ -65,12 +66,18 @@ def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
 
 
 def set_trainable(root: Root, trainable: Trainable) -> int:
-    """Freeze and thaw. Returns the number of parameters that train."""
-    chosen = select([n for n, _ in root.student.named_parameters()], trainable)
+    """Freeze and thaw. Returns the number of parameters that train. (Which rows of them: adapt.train.frozen_rows.)"""
+    student = root.student
+    chosen = select([n for n, _ in student.named_parameters()], trainable)
+    by_row = row_parameters(student) if trainable.rows == "new" else {}
+    if by_row and not filled_rows(student):
+        what = "new: the conversions filled no row here (a mask token the model had was kept); leave it out"
+        raise UserError(Problem("trainable.rows", what))
     total = 0
-    for name, parameter in root.student.named_parameters():
+    for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in chosen)
-        total += parameter.numel() if name in chosen else 0
+        numel = len(filled_rows(student)) * parameter.shape[1] if name in by_row else parameter.numel()
+        total += numel if name in chosen else 0
     return total
 
 

@@ -23,6 +23,7 @@ from adapt.runfolder import RunFolder
 from adapt.train import interpolate
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
+from adapt.train.frozen_rows import FrozenRows
 from adapt.train.hooks import Hooks
 from adapt.train.mixing import total_steps
 from adapt.train.probe import dry_run, leak_probe, out_of_memory
@@ -117,6 +118,8 @@ class _Run:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
+        frozen = FrozenRows(self.root.student, recipe.trainable)
+        frozen.guard(optimizer)
         if recipe.optimizer_state == "keep" and before is not None:  # the groups (lr, decay) are this stage's own
             trained = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
             optimizer.state.update({p: before.state[p] for p in trained})
@@ -165,6 +168,7 @@ class _Run:
             root=self.root,
             objective=objective,
             optimizer=optimizer,
+            frozen=frozen,
             multiplier=recipe.schedule.build(),
             stream=stream,
             recipe=recipe,

@@ -15,6 +15,7 @@ from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
 from adapt.objectives.base import Objective
+from adapt.train.frozen_rows import FrozenRows
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
 from adapt.train.step import gradients, loss_values
@@ -31,6 +32,7 @@ class Stage(L.LightningModule):
         root: nn.Module,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
+        frozen: FrozenRows,
         multiplier: Callable[[int, int], float],
         stream: TrainStream,
         recipe: Recipe,
@@ -52,7 +54,7 @@ class Stage(L.LightningModule):
             world,
         )
         self.microbatch, self.total_steps, self.flag, self.hooks = microbatch, total_steps, flag, hooks
-        self.multiplier, self.ready_optimizer = multiplier, optimizer
+        self.multiplier, self.ready_optimizer, self.frozen = multiplier, optimizer, frozen
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.rows_per_step = recipe.trainer.batch_tokens // recipe.data.seq_len
         self.since = (time.perf_counter(), state.tokens)
@@ -88,6 +90,7 @@ class Stage(L.LightningModule):
             world=self.world,
             clip=self.recipe.trainer.clip,
             backward=self.manual_backward,
+            clear=self.frozen.clear,
             stop=self.hooks.wants_stop(),
         )
         rewound = False

@@ -42,6 +42,13 @@ def _run(recipe: Recipe, index: int) -> Iterator[Problem]:
         yield Problem("trainable.lora.dropout", f"{lora.dropout} must be in [0, 1)")
     if lora is not None and not lora.targets:
         yield Problem("trainable.lora.targets", "names no module; leave it out for all linear ones")
+    if recipe.trainable.rows == "new" and lora is not None:
+        yield Problem(
+            "trainable.rows", "with lora only the adapters train, and they have no rows; leave one of them out"
+        )
+    if recipe.trainable.rows == "new" and not any(c.declares("fills_rows") for c in recipe.model.conversions):
+        what = "new: nothing adds rows here; extend the vocabulary in model.conversions, or leave it out"
+        yield Problem("trainable.rows", what)
     if not recipe.trainable.include:
         yield Problem("trainable.include", "is empty, so nothing would train; ['*'] is every parameter")
     for index, prompt in enumerate(recipe.generation.prompts):

@@ -44,9 +44,11 @@ def gradients(
     world: World,
     clip: float | None,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    clear: Callable[[], None] = lambda: None,
     stop: bool = False,
 ) -> StepResult:
-    """Leave the clipped gradients of one step in the parameters. `batch` is this rank's share of the step."""
+    """Leave the clipped gradients of one step in the parameters. `batch` is this rank's share of the step; `clear`
+    takes out what is no gradient of this stage, before the norm."""
     rows = range(0, batch.num_rows, microbatch)
     prepared = [objective.prepare(batch.rows(i, i + microbatch), seed=seed, step=step) for i in rows]
     names = list(prepared[0].terms)
@@ -66,6 +68,7 @@ def gradients(
         backward(loss * world.size)  # FSDP averages over ranks; the divisor is already global
         for n in names:
             sums[n] += found[n].detach().to(sums[n].dtype)
+    clear()
     norm = clip_gradients(root, clip)
     whole = world.add_up(torch.stack([sums[n] for n in names]))
     finite = torch.isfinite(whole).all() & torch.isfinite(norm)

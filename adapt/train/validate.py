@@ -227,6 +227,7 @@ def _of_trainable(trainable: Trainable, config: Any) -> list[Problem]:
     from transformers import AutoModelForCausalLM
 
     from adapt.pretrained.lora import adapted_names, lora_problems
+    from adapt.train.frozen_rows import row_parameters
     from adapt.train.trainable import select
 
     with torch.device("meta"):
@@ -235,9 +236,12 @@ def _of_trainable(trainable: Trainable, config: Any) -> list[Problem]:
         return found
     names = adapted_names(model, trainable.lora) if trainable.lora is not None else dict(model.named_parameters())
     try:
-        select(list(names), trainable)
+        chosen = select(list(names), trainable)
     except UserError as error:
         return error.problems
+    if trainable.rows == "new" and trainable.lora is None and not chosen & row_parameters(model).keys():
+        names = " and ".join(row_parameters(model))
+        return [Problem("trainable.rows", f"new: include and exclude leave nothing with rows to train; add {names}")]
     return []
 
 
