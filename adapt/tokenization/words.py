@@ -14,7 +14,7 @@ from typing import Any, Literal
 from adapt.components import CleanerChoice
 from adapt.data.documents import BadRecord, Document, Source
 from adapt.data.workers import Workers
-from adapt.errors import Problem, UserError
+from adapt.errors import UserError
 from adapt.tokenization.byte_bpe import added_pattern
 
 BATCH = 2**18
@@ -75,18 +75,23 @@ class WordWork:
 
 
 def count_words(
-    source: Source, work: WordWork, workers: int | Literal["auto"] = "auto", max_bytes: int | None = None
+    source: Source,
+    work: WordWork,
+    workers: int | Literal["auto"] = "auto",
+    max_bytes: int | None = None,
+    bad: list[BadRecord] | None = None,
 ) -> tuple[Counter[str], int]:
     """(word -> occurrences, UTF-8 bytes counted) of all documents of a source, after `work`'s cleaning steps.
 
     Steps that remember earlier documents run here, in the order of the source, and those before them in workers.
-    `max_bytes`: stop after about that much, at the end of a batch."""
+    `max_bytes`: stop after about that much, at the end of a batch. Records that cannot be read are put into `bad`."""
+    bad = [] if bad is None else bad
     counts: Counter[str] = Counter()
     num_bytes = 0
     remember = [i for i, step in enumerate(work.steps) if getattr(step, "sequential", False)]
     first = remember[-1] + 1 if remember else 0
     with Workers(workers, work) as pool:  # type: ignore[arg-type]
-        batches = _batches(_documents(source))
+        batches = _batches(_documents(source, bad))
         if first:
             batches = _batches(_in_order(work, pool, batches, remember[0], first))
         for _, (table, size) in pool.map("clean_and_count", batches, lambda batch: (batch, first), _characters):
@@ -95,8 +100,25 @@ def count_words(
             if max_bytes is not None and num_bytes >= max_bytes:
                 break
     if not counts:
-        raise UserError(Problem("", f"{source.where}: there is no text in it after cleaning"))
+        unread = f"; {len(bad):,d} records could not be read, the first: {bad[0].where}: {bad[0].what}" if bad else ""
+        raise UserError(f"{source.where}: there is no text in it after cleaning{unread}")
     return counts, num_bytes
+
+
+def read_texts(
+    source: Source, work: WordWork, max_bytes: int | None = None, bad: list[BadRecord] | None = None
+) -> Iterator[str]:
+    """The texts of a source after `work`'s cleaning steps, up to about `max_bytes` of UTF-8. Records that cannot be read
+    are put into `bad`."""
+    num_bytes = 0
+    for document in _documents(source, [] if bad is None else bad):
+        for cleaned in work.clean([document], 0, len(work.steps)):
+            for text in cleaned.strings():
+                text = text.encode("utf-8", "replace").decode("utf-8")
+                num_bytes += len(text.encode())
+                yield text
+        if max_bytes is not None and num_bytes >= max_bytes:
+            return
 
 
 def _in_order(work: WordWork, pool: Workers, batches, first: int, last: int) -> Iterator[Document]:
@@ -104,9 +126,12 @@ def _in_order(work: WordWork, pool: Workers, batches, first: int, last: int) -> 
         yield from work.clean(documents, first, last)
 
 
-def _documents(source: Source) -> Iterator[Document]:
-    """A record that cannot be read is left out: it changes no count that matters."""
-    return (item for item in source.documents() if not isinstance(item, BadRecord))
+def _documents(source: Source, bad: list[BadRecord]) -> Iterator[Document]:
+    for item in source.documents():
+        if isinstance(item, BadRecord):
+            bad.append(item)
+        else:
+            yield item
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

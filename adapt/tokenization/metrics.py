@@ -1,0 +1,145 @@
+"""How well a tokenizer fits a text (spec C.3): ratios of sums over all documents, not means of ratios."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from adapt.tokenization.byte_bpe import BYTES
+
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Of one tokenizer on one set of texts."""
+
+    words: int
+    """Separated by white space."""
+    characters: int
+    bytes: int
+    """UTF-8."""
+    tokens: int
+    """Without what a template or post-processor adds."""
+    lone: int
+    """Tokens that are no whole characters: byte pieces, parts of a character, and unknown tokens."""
+    used: int
+    """Different tokens that occur."""
+
+    @property
+    def fertility(self) -> float:
+        """Tokens per word."""
+        return self.tokens / self.words
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+    @property
+    def characters_per_token(self) -> float:
+        return self.characters / self.tokens
+
+    @property
+    def lone_rate(self) -> float:
+        return self.lone / self.tokens
+
+    def facts(self) -> dict[str, Any]:
+        names = ("fertility", "bytes_per_token", "characters_per_token", "lone_rate")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+def fit(tokenizer: Any, texts: Sequence[str]) -> Fit:
+    """`tokenizer` is a `tokenizers.Tokenizer`. Raises ValueError where there is no word in the texts."""
+    words = sum(len(text.split()) for text in texts)
+    if not words:
+        raise ValueError("there is no word in these texts")
+    lone, used = _lone(tokenizer), np.zeros(_size(tokenizer), bool)
+    tokens = broken = 0
+    for encoded in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
+        ids = np.asarray(encoded.ids, np.int64)
+        tokens += len(ids)
+        broken += int(lone[ids].sum())
+        used[ids] = True
+    size = sum(len(text.encode()) for text in texts)
+    return Fit(words, sum(map(len, texts)), size, tokens, broken, int(used.sum()))
+
+
+def unreachable_pieces(tokenizer: Any) -> list[str] | None:
+    """Pieces of the vocabulary that their own letters do not give; null for models where a piece is not simply text.
+
+    Added tokens are cut out of the text, and byte pieces stand for what has no piece: neither counts."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(tokenizer.to_str())
+    model = data["model"]
+    if (
+        model["type"] not in ("BPE", "Unigram")
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
+        return None
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    model = model | ({"ignore_merges": False, "dropout": None} if model["type"] == "BPE" else {})
+    bare = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
+    added = {token["content"] for token in data["added_tokens"]}
+    vocab = bare.get_vocab()
+    unknown = model.get("unk_token")
+    pieces = [p for p in vocab if p and p not in added and p != unknown and not BYTE_PIECE.fullmatch(p)]
+    encoded = bare.encode_batch_fast(pieces, add_special_tokens=False)
+    return sorted(p for p, e in zip(pieces, encoded, strict=True) if e.ids != [vocab[p]])
+
+
+def _size(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _lone(tokenizer: Any) -> np.ndarray:
+    """[largest id + 1] bool: tokens that do not stand for whole characters."""
+    data = json.loads(tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps([data["pre_tokenizer"], data["normalizer"]])
+    added = {token["content"] for token in data["added_tokens"]}
+    lone = np.zeros(_size(tokenizer), bool)
+    for piece, i in tokenizer.get_vocab().items():
+        if byte_level:
+            lone[i] = piece not in added and not _whole(piece)
+        else:
+            lone[i] = bool(BYTE_PIECE.fullmatch(piece)) or piece == data["model"].get("unk_token")
+    return lone
+
+
+def _whole(piece: str) -> bool:
+    try:
+        bytes(BYTES.get(letter, 0) for letter in piece).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def table(title: str, rows: Iterable[tuple[str, str, Fit]]) -> Any:
+    """A rich table of (tokenizer, text, fit)."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title or None, title_justify="left", box=SIMPLE, padding=(0, 1))
+    for name in ("text", "tokenizer"):
+        shown.add_column(name, overflow="fold")
+    for name in ("tokens/word", "bytes/token", "chars/token", "lone", "used"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.caption = "lone: tokens that are no whole character; used: different tokens that occur"
+    for tokenizer, text, one in rows:
+        shown.add_row(
+            Text(text),
+            Text(tokenizer),
+            f"{one.fertility:.3f}",
+            f"{one.bytes_per_token:.3f}",
+            f"{one.characters_per_token:.3f}",
+            f"{one.lone_rate:.2%}",
+            f"{one.used:,d}",
+        )
+    return shown
