@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from adapt.tokenization.byte_bpe import ByteBpe
@@ -14,8 +14,6 @@ class Method(Protocol):
     """Whether it promises that token boundaries are only removed and that every new token is reached; a result that
     breaks the promise is not written. One that promises nothing is for comparison."""
 
-    def __call__(
-        self, base: ByteBpe, words: Mapping[str, int], num_tokens: int, progress: Callable[[int], None]
-    ) -> Learned:
+    def __call__(self, base: ByteBpe, words: Mapping[str, int], num_tokens: int) -> Learned:
         """Up to `num_tokens` new tokens from the words of the corpus (byte-level pieces -> occurrences)."""
         ...

@@ -83,14 +83,20 @@ class ByteBpe:
         """Tokens that are cut out of the text before anything else (specials and others)."""
         return {token["content"]: token["id"] for token in self.data.get("added_tokens") or []}
 
-    @property
+    @cached_property
     def next_id(self) -> int:
         return max([*self.vocab.values(), *self.added.values()], default=-1) + 1
 
-    @property
+    @cached_property
     def ids(self) -> dict[str, int]:
         """Token -> id of all, the added ones included."""
         return self.vocab | self.added
+
+    def letters(self) -> ByteBpe:
+        """The same without any merge: only the letters of the vocabulary, and the added tokens."""
+        vocab = {piece: i for piece, i in self.vocab.items() if len(piece) == 1 or piece in self.added}
+        data = self.data | {"model": self.data["model"] | {"vocab": vocab, "merges": []}}
+        return ByteBpe(data, json.dumps(data, ensure_ascii=False))
 
     def segmenter(self, ignore_merges: bool = False) -> Any:
         """A `tokenizers.Tokenizer` that takes pieces (bytes in GPT-2's letters, no text) apart by the merges alone."""

@@ -30,6 +30,24 @@ class Learned:
     """Occurrences of each merge's pair in the corpus when it was learned; none increases on the one before, except after
     merges that make an existing token."""
 
+    def first(self, num_tokens: int) -> Learned:
+        """What learning would have given, had it stopped at so many tokens."""
+        made = 0
+        for end, new in enumerate(self._news()):
+            if made == num_tokens:
+                return Learned(self.merges[:end], self.tokens[:made], self.counts[:end])
+            made += new
+        return self
+
+    def _news(self) -> list[bool]:
+        """Of each merge, whether it makes a new token."""
+        left = set(self.tokens)
+        news = []
+        for a, b in self.merges:
+            news.append(a + b in left)
+            left.discard(a + b)
+        return news
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -59,7 +77,6 @@ def learn(
     num_tokens: int,
     allowed: Callable[[str], bool],
     min_frequency: int = 2,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Learned:
     """Up to `num_tokens` new tokens from word counts (byte-level pieces -> occurrences).
 
@@ -90,7 +107,6 @@ def learn(
         if token is None:
             learned.tokens.append(made)
             risen = state.merge_into_new(pair, made)
-            progress(len(learned.tokens))
         else:
             risen = state.merge_into_old(pair, token)
         for other in risen:

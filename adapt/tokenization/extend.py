@@ -17,12 +17,14 @@ from adapt.data.documents import BadRecord, Source
 from adapt.errors import Problem, UserError
 from adapt.pretrained.bases import parse
 from adapt.tokenization import folder as folders
-from adapt.tokenization.byte_bpe import ByteBpe
+from adapt.tokenization.byte_bpe import ByteBpe, unreachable
 from adapt.tokenization.metrics import Fit, fit
 from adapt.tokenization.proofs import prove
 from adapt.tokenization.recipe import Texts, TokenizerRecipe
+from adapt.tokenization.sweep import Point, plot, sweep
 from adapt.tokenization.words import WordWork, count_words, read_texts
 
+PLOT = "gain.png"
 PROOF_BYTES = 2**20
 """Text of each held-out set that the proofs run over."""
 
@@ -36,6 +38,8 @@ class Extended:
     proofs: dict[str, list[str]]
     fits: list[tuple[str, str, Fit]]
     """(tokenizer, text, fit)"""
+    points: list[Point]
+    """The sweep; empty where none was asked for."""
     warnings: list[str]
     seconds: dict[str, float]
 
@@ -55,7 +59,7 @@ def extend(recipe: TokenizerRecipe) -> Extended:
         words.update(counts)
         num_bytes += size
     clock.append(time.perf_counter())
-    learned = method(old, words, recipe.tokens, lambda done: None)
+    learned = method(old, words, recipe.tokens)
     clock.append(time.perf_counter())
     if recipe.tokens and not learned.tokens:
         what = f"no pair of symbols in the {num_bytes:,d} bytes of text may be merged; give more text, or text of another language"
@@ -84,7 +88,12 @@ def extend(recipe: TokenizerRecipe) -> Extended:
             for label, found in texts.items()
             for name, bpe in (("base", old), (recipe.name, new))
         ]
-        record = _record(recipe, old, new, num_bytes, proofs, fits, folders.sha256(temporary))
+        lost = len(unreachable(new, learned.tokens))
+        record = _record(recipe, old, new, num_bytes, proofs, fits, folders.sha256(temporary)) | {"unreachable": lost}
+        points = sweep(old, learned, recipe.sweep, texts) if recipe.sweep else []
+        if points:
+            (temporary / PLOT).write_bytes(plot(points))
+            record["sweep"] = [{"new_tokens": p.num_tokens, "text": p.text, **p.fit.facts()} for p in points]
         (temporary / folders.MARKER).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         folders.swap(temporary, out)
     except OSError as error:
@@ -92,7 +101,12 @@ def extend(recipe: TokenizerRecipe) -> Extended:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     seconds = {"counting words": clock[1] - clock[0], "learning merges": clock[2] - clock[1]}
-    return Extended(out, len(learned.tokens), len(learned.merges), proofs, fits, warnings, seconds)
+    if lost:
+        warnings.append(
+            f"{lost:,d} of the {len(learned.tokens):,d} new tokens are reached by no text: rows of the embedding that never "
+            "train (the method promises nothing else)"
+        )
+    return Extended(out, len(learned.tokens), len(learned.merges), proofs, fits, points, warnings, seconds)
 
 
 def _open(recipe: TokenizerRecipe):

@@ -55,6 +55,8 @@ class TokenizerRecipe:
     eval: tuple[Texts, ...] = ()
     """Held-out texts that the old and the new tokenizer are compared on, and that the proofs run over: the new language,
     and those that must not get worse."""
+    sweep: tuple[int, ...] = ()
+    """Numbers of new tokens, below `tokens`, that are measured as well: a table, and a plot in the folder (gain.png)."""
     workers: int | Literal["auto"] = "auto"
     """Processes that clean and count. `auto`: one per usable CPU; 1: none besides this one. The result is the same."""
     cache: str | None = None
@@ -65,6 +67,10 @@ class TokenizerRecipe:
             raise ValueError(f"name={self.name!r} must be a plain folder name: letters, digits, `-`, `_`, `.`")
         if self.tokens < 0:
             raise ValueError(f"tokens={self.tokens} must be 0 or more")
+        if wrong := [n for n in self.sweep if not 0 < n < self.tokens]:
+            raise ValueError(f"sweep: {wrong[0]} must lie between 0 and tokens={self.tokens}")
+        if self.sweep and not self.eval:
+            raise ValueError("sweep measures on held-out texts; name some in eval")
         if not self.train:
             raise ValueError("train is empty: say which texts to learn from")
         if self.workers != "auto" and self.workers < 1:

@@ -58,6 +58,7 @@ def extend_verb(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from adapt.console import printable, say
+    from adapt.tokenization import sweep
     from adapt.tokenization.extend import extend
     from adapt.tokenization.metrics import table
     from adapt.tokenization.recipe import load
@@ -66,6 +67,8 @@ def extend_verb(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if done.fits:
         console.print(table("Held-out texts", done.fits))
+    if done.points:
+        console.print(sweep.table(done.points))
     for claim in done.proofs:
         print(f"✓ {claim}")
     for warning in done.warnings:

@@ -89,6 +89,15 @@ def test_equal_to_the_slow_one_where_merges_make_tokens_that_exist(texts, n):
     assert learn(counts, bpe, n, lambda piece: True) == naive(counts, bpe, n, lambda piece: True)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(st.sampled_from("abcd"), min_size=1, max_size=8), min_size=1, max_size=12), st.integers(0, 8))
+def test_the_first_tokens_are_those_of_a_smaller_extension(texts, n):
+    counts = Counter(texts)
+    assert learn(counts, _letters(), 12, lambda piece: True).first(n) == learn(
+        counts, _letters(), n, lambda piece: True
+    )
+
+
 @given(st.text(st.sampled_from("abcd"), min_size=1, max_size=30))
 def test_our_merging_is_that_of_the_tokenizers_library(text):
     bpe = _letters()

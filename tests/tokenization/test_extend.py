@@ -141,6 +141,30 @@ def test_all_problems_are_told_at_once(recipe_file, tmp_path):
     assert {p.where for p in refused.value.problems} == {"base", "train[0].source", "eval"}
 
 
+def test_the_sweep_is_what_smaller_extensions_give(recipe_file):
+    done = extend(load(recipe_file, ["sweep=[5, 10]"]))
+    assert [p.num_tokens for p in done.points if p.text == "held"] == [0, 5, 10, NUM_TOKENS]
+    small = extend(load(recipe_file, ["tokens=10", "name=ten"]))
+    assert [p.fit for p in done.points if p.num_tokens == 10] == [f for name, _, f in small.fits if name == "ten"]
+    first, second = [p for p in done.points if p.text == "held"][:2]
+    assert first.gain is None
+    assert second.gain == pytest.approx(200 * (second.fit.bytes_per_token - first.fit.bytes_per_token))
+    assert (done.out / "gain.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((done.out / MARKER).read_text())["sweep"]) == 8
+
+
+def test_an_appended_fresh_vocabulary_is_worse_and_says_what_is_never_reached(recipe_file):
+    """The comparison of spec B.1: the same number of tokens, learned from scratch and appended."""
+    continued = extend(load(recipe_file, []))
+    appended = extend(load(recipe_file, ["method=append", "name=appended"]))
+    assert appended.num_tokens == NUM_TOKENS
+    assert "reached by no text" in appended.warnings[0]
+    assert len(appended.proofs) == 3  # it promises neither reach nor boundaries
+    tokens = [next(f.tokens for name, text, f in done.fits if name != "base") for done in (continued, appended)]
+    assert tokens[0] < tokens[1]
+    assert ByteBpe.read(appended.out).merges[: len(base().merges)] == base().merges
+
+
 def test_a_broken_promise_is_not_written(recipe_file, monkeypatch):
     monkeypatch.setattr(proofs, "new_tokens_reached", lambda old, new: ["ção"])
     with pytest.raises(UserError, match="not so: all 40 new tokens are reached"):
@@ -211,6 +235,9 @@ def test_the_commands(recipe_file, tmp_path, capsys):
         (["extend", "-c", "cabrita-pt", "name=../x"], "plain folder name"),
         (["extend", "-c", "cabrita-pt", "train=[]"], "train is empty"),
         (["extend", "-c", "cabrita-pt", "workers=0"], "workers=0"),
+        (["extend", "-c", "cabrita-pt", "sweep=[4000]"], "between 0 and tokens=4000"),
+        (["extend", "-c", "cabrita-pt", "eval=[]"], "held-out texts"),
+        (["extend", "-c", "cabrita-pt", "method={name: append, fresh_tokens: 0}"], "fresh_tokens=0"),
         (["extend", "-c", "cabrita-pt", "method={name: continued_bpe, max_token_bytes: 1}"], "max_token_bytes=1"),
         (["extend", "-c", "cabrita-pt", "--json"], "--json"),
         (["extend", "-c", "adapt/configs/dap.yaml"], "recipe of a run"),

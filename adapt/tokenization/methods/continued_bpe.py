@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adapt.components import tokenizer_methods
@@ -32,11 +32,9 @@ class ContinuedBpe:
     def __init__(self, config: ContinuedBpeConfig):
         self.config = config
 
-    def __call__(
-        self, base: ByteBpe, words: Mapping[str, int], num_tokens: int, progress: Callable[[int], None]
-    ) -> Learned:
+    def __call__(self, base: ByteBpe, words: Mapping[str, int], num_tokens: int) -> Learned:
         allowed = Filter(self.config.max_token_bytes, self.config.digits, frozenset(base.added))
-        return learn(words, base, num_tokens, allowed, self.config.min_frequency, progress)
+        return learn(words, base, num_tokens, allowed, self.config.min_frequency)
 
 
 @tokenizer_methods.register("continued_bpe")
