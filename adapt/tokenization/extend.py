@@ -26,7 +26,7 @@ from adapt.tokenization.words import WordWork, count_words, read_texts
 
 PLOT = "gain.png"
 PROOF_BYTES = 2**20
-"""Text of each held-out set that the proofs run over."""
+"""About so much text of each held-out set the proofs run over."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,16 @@ def extend(recipe: TokenizerRecipe) -> Extended:
             "other pair that occurs often enough; give more text"
         )
     new = old.extended(learned.merges, learned.tokens)
+    samples = list(_samples(texts))
+    if not samples:  # no held-out text: then the proofs run over text that was learned from
+        _, _, source, work = opened["train"][0]
+        samples = list(read_texts(source, work, PROOF_BYTES))
     out = recipe.out
     temporary = out.with_name(f".{out.name}.new")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         folders.write(base, new, temporary)
-        proofs = prove(old, new, base, temporary, list(_samples(texts)), coarsens=method.coarsens)
+        proofs = prove(old, new, base, temporary, samples, coarsens=method.coarsens)
         if any(proofs.values()):
             raise UserError(
                 [Problem(f"not so: {claim}", "; ".join(found[:3])) for claim, found in proofs.items() if found]
@@ -100,7 +104,7 @@ def extend(recipe: TokenizerRecipe) -> Extended:
         raise UserError(Problem("dir", f"{error.filename or out}: cannot be written: {error.strerror}")) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    seconds = {"counting words": clock[1] - clock[0], "learning merges": clock[2] - clock[1]}
+    seconds = {"reading, cleaning and counting words": clock[1] - clock[0], "learning merges": clock[2] - clock[1]}
     if lost:
         warnings.append(
             f"{lost:,d} of the {len(learned.tokens):,d} new tokens are reached by no text: rows of the embedding that never "

@@ -126,9 +126,9 @@ def table(title: str, rows: Iterable[tuple[str, str, Fit]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title or None, title_justify="left", box=SIMPLE, padding=(0, 1))
+    shown = Table(title=title or None, title_justify="left", box=SIMPLE, padding=0)
     for name in ("text", "tokenizer"):
-        shown.add_column(name, overflow="fold")
+        shown.add_column(name, overflow="fold", min_width=min(16, len(name) + 6))
     for name in ("tokens/word", "bytes/token", "chars/token", "lone", "used"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.caption = "lone: tokens that are no whole character; used: different tokens that occur"

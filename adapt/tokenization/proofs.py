@@ -143,7 +143,7 @@ def prove(
     }
     if coarsens:
         proofs[f"all {num_new:,d} new tokens are reached by merges"] = new_tokens_reached(old, new)
-        claim = f"in {len(texts):,d} held-out texts, token boundaries are only removed"
+        claim = f"in {len(texts):,d} texts, token boundaries are only removed"
         proofs[claim] = boundaries_only_removed(old, new, texts)
     proofs["special tokens and chat template are as they were"] = specials_unchanged(base, folder)
     proofs["in another process, AutoTokenizer and tokenizers give the same ids"] = reloaded_elsewhere(

@@ -165,6 +165,12 @@ def test_an_appended_fresh_vocabulary_is_worse_and_says_what_is_never_reached(re
     assert ByteBpe.read(appended.out).merges[: len(base().merges)] == base().merges
 
 
+def test_without_held_out_text_the_proofs_run_over_what_was_learned_from(recipe_file):
+    done = extend(load(recipe_file, ["eval=[]"]))
+    assert any("in 1 texts" in claim for claim in done.proofs)
+    assert done.fits == []
+
+
 def test_a_broken_promise_is_not_written(recipe_file, monkeypatch):
     monkeypatch.setattr(proofs, "new_tokens_reached", lambda old, new: ["ção"])
     with pytest.raises(UserError, match="not so: all 40 new tokens are reached"):

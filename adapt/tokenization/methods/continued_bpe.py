@@ -17,7 +17,7 @@ class ContinuedBpeConfig:
     max_token_bytes: int = 32
     """Longer tokens are not made."""
     digits: bool = False
-    """Make tokens with digits in them. Pre-tokenizers that cut numbers up set the limit anyway."""
+    """Make tokens with digits (0-9) in them. Pre-tokenizers that cut numbers up set the limit anyway."""
 
     def __post_init__(self) -> None:
         if self.min_frequency < 1:
