@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from adapt.errors import Problem, UserError
 from adapt.pretrained.bases import parse
 from adapt.tokenization import folder as folders
 from adapt.tokenization.byte_bpe import ByteBpe, unreachable
-from adapt.tokenization.metrics import Fit, fit
+from adapt.tokenization.metrics import Change, Fit, change, fit
 from adapt.tokenization.proofs import prove
 from adapt.tokenization.recipe import Texts, TokenizerRecipe
 from adapt.tokenization.sweep import Point, plot, sweep
@@ -38,6 +38,8 @@ class Extended:
     proofs: dict[str, list[str]]
     fits: list[tuple[str, str, Fit]]
     """(tokenizer, text, fit)"""
+    changes: dict[str, Change]
+    """Of each held-out text."""
     points: list[Point]
     """The sweep; empty where none was asked for."""
     warnings: list[str]
@@ -92,8 +94,10 @@ def extend(recipe: TokenizerRecipe) -> Extended:
             for label, found in texts.items()
             for name, bpe in (("base", old), (recipe.name, new))
         ]
+        changes = {name: change(old.tokenizer(), new.tokenizer(), old.next_id, found) for name, found in texts.items()}
         lost = len(unreachable(new, learned.tokens))
         record = _record(recipe, old, new, num_bytes, proofs, fits, folders.sha256(temporary)) | {"unreachable": lost}
+        record["changes"] = {name: asdict(one) for name, one in changes.items()}
         points = sweep(old, learned, recipe.sweep, texts) if recipe.sweep else []
         if points:
             (temporary / PLOT).write_bytes(plot(points))
@@ -110,7 +114,7 @@ def extend(recipe: TokenizerRecipe) -> Extended:
             f"{lost:,d} of the {len(learned.tokens):,d} new tokens are reached by no text: rows of the embedding that never "
             "train (the method promises nothing else)"
         )
-    return Extended(out, len(learned.tokens), len(learned.merges), proofs, fits, points, warnings, seconds)
+    return Extended(out, len(learned.tokens), len(learned.merges), proofs, fits, changes, points, warnings, seconds)
 
 
 def _open(recipe: TokenizerRecipe):

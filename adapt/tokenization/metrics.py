@@ -69,6 +69,39 @@ def fit(tokenizer: Any, texts: Sequence[str]) -> Fit:
     return Fit(words, sum(map(len, texts)), size, tokens, broken, int(used.sum()))
 
 
+@dataclass(frozen=True)
+class Change:
+    """What an extension did to a text, line by line: a model that keeps its old weights sees the changed lines anew."""
+
+    lines: int
+    """Lines with something in them."""
+    changed: int
+    """Of these, lines whose ids are others than before."""
+    new_used: int
+    """Different new tokens that occur."""
+    broken: int
+    """Lines that decode to something else with the new tokenizer, and came back with the old one."""
+
+    @property
+    def changed_rate(self) -> float:
+        return self.changed / self.lines
+
+
+def change(old: Any, new: Any, first_new: int, texts: Sequence[str]) -> Change:
+    """Between two `tokenizers.Tokenizer`; ids from `first_new` on are new."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    changed = broken = 0
+    used: set[int] = set()
+    sides = [t.encode_batch_fast(lines, add_special_tokens=False) for t in (old, new)]
+    for line, before, after in zip(lines, *sides, strict=True):
+        if before.ids != after.ids:
+            changed += 1
+            used.update(i for i in after.ids if i >= first_new)
+            came_back = [t.decode(e.ids, skip_special_tokens=False) == line for t, e in ((old, before), (new, after))]
+            broken += came_back == [True, False]
+    return Change(len(lines), changed, len(used), broken)
+
+
 def unreachable_pieces(tokenizer: Any) -> list[str] | None:
     """Pieces of the vocabulary that their own letters do not give; null for models where a piece is not simply text.
 

@@ -67,6 +67,13 @@ def extend_verb(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if done.fits:
         console.print(table("Held-out texts", done.fits))
+    for name, one in done.changes.items():
+        print(
+            printable(
+                f"{name}: {one.changed_rate:.1%} of {one.lines:,d} lines have other ids than before, {one.new_used:,d} of the "
+                f"{done.num_tokens:,d} new tokens occur, {one.broken:,d} lines no longer come back when decoded"
+            )
+        )
     if done.points:
         console.print(sweep.table(done.points))
     for claim in done.proofs:

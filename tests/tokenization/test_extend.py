@@ -14,7 +14,7 @@ from adapt.tokenization import proofs
 from adapt.tokenization.byte_bpe import ByteBpe
 from adapt.tokenization.extend import extend
 from adapt.tokenization.folder import CLASS, CONFIG, MARKER, TEMPLATE
-from adapt.tokenization.metrics import fit, unreachable_pieces
+from adapt.tokenization.metrics import change, fit, unreachable_pieces
 from adapt.tokenization.recipe import load, shipped_tokenizers
 from tests.tiny import CHAT_TEMPLATE
 from tests.tokenization.byte_level import ENGLISH, PORTUGUESE, SPECIALS, STYLES, base, extended
@@ -212,6 +212,18 @@ def test_fit_counts_by_hand():
     assert isinstance(base("gpt2").tokenizer(), Tokenizer)
 
 
+def test_change_counts_lines():
+    old, new = base().tokenizer(), extended().tokenizer()
+    one = change(old, new, base().next_id, ["the quick fox\n\ncoração", "não"])
+    assert (one.lines, one.changed, one.broken) == (3, 2, 0)
+    assert one.changed_rate == 2 / 3
+    ids = [i for line in ("coração", "não") for i in new.encode(line).ids]
+    assert one.new_used == len({i for i in ids if i >= base().next_id})
+    garbled = base().tokenizer()
+    garbled.add_tokens(["coração"])  # which a byte-level decoder cannot spell (spec B.3.1)
+    assert change(old, garbled, base().next_id, ["coração"]).broken == 1
+
+
 def test_unreachable_pieces_are_those_that_no_merge_makes():
     assert unreachable_pieces(base().tokenizer()) == []
     assert unreachable_pieces(base().extended([], ["xyzzy"]).tokenizer()) == ["xyzzy"]
@@ -274,6 +286,16 @@ def test_shipped_tokenizers_are_read():
     assert "cabrita-pt" in shipped_tokenizers()
     for name in shipped_tokenizers():
         assert load(name, []).name == name
+
+
+@pytest.mark.parametrize("name", shipped_tokenizers())
+def test_a_shipped_recipe_runs_on_small_texts(recipe_file, tmp_path, name):
+    changes = [f"base={tmp_path / 'base'}", f"dir={tmp_path}", "tokens=30", "sweep=[10]", "workers=1"]
+    changes += [f"train=[{{source: 'path:{tmp_path / 'pt.txt'}'}}]"]
+    changes += [f"eval.{i}.source=path:{tmp_path / n}.txt" for i, n in enumerate(("held", "en"))]
+    done = extend(load(name, changes))
+    assert done.num_tokens == 30
+    assert done.changes["english"].changed_rate < done.changes["portuguese"].changed_rate
 
 
 def test_help_imports_nothing_heavy():
