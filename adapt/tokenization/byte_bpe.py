@@ -164,6 +164,8 @@ def _refused(data: dict[str, Any]) -> Iterator[str]:
     letters = [list(_kinds(data.get(part))) for part in ("pre_tokenizer", "normalizer")]
     if "ByteLevel" not in letters[0] + letters[1]:
         yield "it is BPE over characters: what its vocabulary lacks is lost; only byte-level BPE can be extended"
+    if data.get("pre_tokenizer") is None:
+        yield "it has no pre-tokenizer: a whole text is one word to it, and there are no words to count"
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             yield f"its pieces have a {key} ({model[key]!r}), and what two of them make is not their concatenation"

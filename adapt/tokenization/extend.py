@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,26 @@ class Extended:
     seconds: dict[str, float]
 
 
-def extend(recipe: TokenizerRecipe) -> Extended:
-    """Raises UserError with all problems that are seen before a text is read, or when a proof fails."""
+def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: None) -> Extended:
+    """`tell` is given what is being done. Raises UserError with all problems that are seen before a text is read, or when a proof fails."""
     base, old, method, opened = _open(recipe)
     bad: list[BadRecord] = []
-    texts = {label: list(read_texts(source, work, t.max_bytes, bad)) for label, t, source, work in opened["eval"]}
+    texts = {}
+    for label, t, source, work in opened["eval"]:
+        tell(f"reading held-out text: {label}")
+        texts[label] = list(read_texts(source, work, t.max_bytes, bad))
     if empty := [label for label, found in texts.items() if not any(text.split() for text in found)]:
         raise UserError([Problem("eval", f"{label}: there is no text in it after cleaning") for label in empty])
     clock = [time.perf_counter()]
     words: Counter[str] = Counter()
     num_bytes = 0
-    for _, t, source, work in opened["train"]:
+    for label, t, source, work in opened["train"]:
+        tell(f"counting words: {label}")
         counts, size = count_words(source, work, recipe.workers, t.max_bytes, bad)
         words.update(counts)
         num_bytes += size
     clock.append(time.perf_counter())
+    tell(f"learning {recipe.tokens:,d} tokens from {len(words):,d} different words in {num_bytes:,d} bytes")
     learned = method(old, words, recipe.tokens)
     clock.append(time.perf_counter())
     if recipe.tokens and not learned.tokens:
@@ -79,6 +84,7 @@ def extend(recipe: TokenizerRecipe) -> Extended:
     if not samples:  # no held-out text: then the proofs run over text that was learned from
         _, _, source, work = opened["train"][0]
         samples = list(read_texts(source, work, PROOF_BYTES))
+    tell("writing, proving and measuring")
     out = recipe.out
     temporary = out.with_name(f".{out.name}.new")
     try:

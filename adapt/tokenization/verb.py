@@ -63,7 +63,7 @@ def extend_verb(args: argparse.Namespace) -> int:
     from adapt.tokenization.metrics import table
     from adapt.tokenization.recipe import load
 
-    done = extend(load(args.config, args.arguments))
+    done = extend(load(args.config, args.arguments), say)
     console = Console(highlight=False)
     if done.fits:
         console.print(table("Held-out texts", done.fits))

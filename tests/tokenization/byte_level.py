@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers in the four styles there are, learned from English, and Portuguese to extend them by."""
+"""Small byte-level BPE tokenizers in the styles there are, learned from English, and Portuguese to extend them by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapt.tokenization.continued_bpe import Filter, Learned, learn
 from adapt.tokenization.words import WordWork
 from tests.tiny import TEXT
 
-STYLES = ("gpt2", "llama3", "qwen", "smollm2")
+STYLES = ("gpt2", "roberta", "llama3", "qwen", "smollm2")
 PORTUGUESE = """A configuração do sistema não é difícil: a administração das aplicações está na documentação em português.
 Você não precisa de autorização para a instalação; a atualização da documentação também não é difícil.
 As informações sobre a programação, a compilação e a execução estão na seção de configuração das aplicações.
@@ -40,7 +40,7 @@ def base(style: str = "smollm2", vocab: int = 340) -> ByteBpe:
         digits = pre_tokenizers.Digits(individual_digits=True)
         raw.pre_tokenizer = pre_tokenizers.Sequence([digits, level(add_prefix_space=False)])
     else:
-        raw.pre_tokenizer = level(add_prefix_space=False)
+        raw.pre_tokenizer = level(add_prefix_space=style == "roberta")
     if style == "qwen":
         raw.normalizer = normalizers.NFC()
     raw.decoder = decoders.ByteLevel()

@@ -95,6 +95,12 @@ def test_an_extended_folder_loads_everywhere_with_the_same_ids(recipe_file, tmp_
     assert held_new.fertility < held.fertility
 
 
+def test_what_is_being_done_is_told(recipe_file):
+    told = []
+    extend(load(recipe_file, []), told.append)
+    assert [line.partition(" ")[0] for line in told] == ["reading", "reading", "counting", "learning", "writing,"]
+
+
 def test_the_record_says_what_was_made(recipe_file):
     done = extend(load(recipe_file, []))
     record = json.loads((done.out / MARKER).read_text())
@@ -234,6 +240,7 @@ def test_the_commands(recipe_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("✓") == 5
     assert "30 tokens from" in out
+    assert "held: " in out
     built, text = str(tmp_path / "built" / "small"), str(tmp_path / "held.txt")
     assert main(["tokenizer", "report", str(tmp_path / "base"), built, "--text", text]) == 0
     assert capsys.readouterr().out.count("unreachable: 0") == 2
