@@ -171,7 +171,9 @@ def _refused(data: dict[str, Any]) -> Iterator[str]:
             yield f"its pieces have a {key} ({model[key]!r}), and what two of them make is not their concatenation"
     if model.get("dropout"):
         yield f"it has merge dropout {model['dropout']}: the same text is tokenised differently each time; set it to null"
-    if words := [t["content"] for t in data.get("added_tokens") or [] if not t["special"] and t["content"].isalpha()]:
+    if words := [
+        t["content"] for t in data.get("added_tokens") or [] if not t["special"] and t["content"].strip().isalpha()
+    ]:
         yield (
             f"{len(words):,d} words ({', '.join(map(repr, words[:3]))}) were added with `add_tokens`: they are cut out of "
             "every text before it is tokenised, inside other words too. Start from the tokenizer as it was before"

@@ -121,7 +121,7 @@ def unreachable_pieces(tokenizer: Any) -> list[str] | None:
     bare = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
     added = {token["content"] for token in data["added_tokens"]}
     vocab = bare.get_vocab()
-    unknown = model.get("unk_token")
+    unknown = _unknown(model)
     pieces = [p for p in vocab if p and p not in added and p != unknown and not BYTE_PIECE.fullmatch(p)]
     encoded = bare.encode_batch_fast(pieces, add_special_tokens=False)
     return sorted(p for p, e in zip(pieces, encoded, strict=True) if e.ids != [vocab[p]])
@@ -141,8 +141,15 @@ def _lone(tokenizer: Any) -> np.ndarray:
         if byte_level:
             lone[i] = piece not in added and not _whole(piece)
         else:
-            lone[i] = bool(BYTE_PIECE.fullmatch(piece)) or piece == data["model"].get("unk_token")
+            lone[i] = bool(BYTE_PIECE.fullmatch(piece)) or piece == _unknown(data["model"])
     return lone
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The token that stands for what the vocabulary lacks; Unigram models say it by its place."""
+    if model["type"] == "Unigram":
+        return None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
 def _whole(piece: str) -> bool:

@@ -273,7 +273,7 @@ def test_workers_count_what_one_process_counts(monkeypatch):
         ({"model": {"dropout": 0.1}}, "dropout 0.1"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "over characters"),
         ({"pre_tokenizer": None, "normalizer": {"type": "ByteLevel"}}, "no pre-tokenizer"),
-        ({"added_tokens": [{"id": 900, "content": "administração", "special": False}]}, "add_tokens"),
+        ({"added_tokens": [{"id": 900, "content": " administração", "special": False}]}, "add_tokens"),
         ({"added_tokens": [{"id": 5, "content": "<|x|>", "special": True}]}, "two tokens have the id 5"),
         ({"added_tokens": [{"id": 900, "content": "a", "special": True}]}, "'a' has the id 900"),
     ],

@@ -249,6 +249,28 @@ def test_the_commands(recipe_file, tmp_path, capsys):
     assert row["fertility"] == row["tokens"] / row["words"]
 
 
+def _other(model: dict):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+
+
+def test_other_kinds_of_tokenizers_are_measured_too():
+    """Byte pieces and unknown tokens are no whole characters."""
+    pieces = ["<unk>", "a", "b", "ab", "abc", "<0xC3>", "<0xA9>"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    bpe = _other({"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "unk_token": "<unk>", "byte_fallback": True})
+    one = fit(bpe, ["abéx"])
+    assert (one.tokens, one.lone) == (4, 3)
+    assert unreachable_pieces(bpe) == ["abc"]
+    scored = [["<unk>", 0.0], ["a", -1.0], ["b", -1.0], ["ab", -3.0], ["ba", -1.5]]
+    unigram = _other({"type": "Unigram", "vocab": scored, "unk_id": 0, "byte_fallback": False})
+    assert (fit(unigram, ["bax"]).tokens, fit(unigram, ["bax"]).lone) == (2, 1)
+    assert unreachable_pieces(unigram) == ["ab"]
+    word = {"type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}
+    assert unreachable_pieces(_other(word | {"vocab": {"<unk>": 0, "a": 1, "##b": 2}})) is None
+
+
 @pytest.mark.parametrize(
     "argv, told",
     [
