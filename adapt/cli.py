@@ -267,6 +267,18 @@ def _data(args: argparse.Namespace) -> int:
     return verb[args.what](resolved, args)
 
 
+def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    from adapt.tokenization.verb import add_arguments
+
+    add_arguments(parser)
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from adapt.tokenization.verb import run
+
+    return run(args)
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from adapt.config import shipped_recipes
 
@@ -292,6 +304,7 @@ VERBS: dict[str, Verb] = {
     "export": ("write a run's newest checkpoint as a Hugging Face folder", _export_arguments, _export),
     "push": ("upload an exported folder to the Hub", _push_arguments, _push),
     "data": ("fetch, prepare or describe the data of a recipe", _data_arguments, _data),
+    "tokenizer": ("extend a tokenizer by a language, or compare tokenizers", _tokenizer_arguments, _tokenizer),
     "recipes": ("list the recipes that ship", lambda parser: None, _recipes),
 }
 DESCRIPTION = "\n".join(

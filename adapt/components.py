@@ -46,6 +46,11 @@ samplers = Registry(
     "adapt.generation",
     "How text is decoded: config -> Sampler; serves `adapt generate` and suites.",
 )
+tokenizer_methods = Registry(
+    "tokenizer method",
+    "adapt.tokenization.methods",
+    "How a tokenizer gets new tokens: config -> Method; called by `adapt tokenizer extend`.",
+)
 sections = Registry(
     "section", "adapt.report.sections", "A part of the report page: config -> Section; called in order."
 )
@@ -89,3 +94,7 @@ class SuiteChoice(Selection):
 
 class SamplerChoice(Selection):
     registry = samplers
+
+
+class TokenizerMethodChoice(Selection):
+    registry = tokenizer_methods

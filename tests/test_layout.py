@@ -17,6 +17,7 @@ from adapt import __version__, components
 from adapt.config import decode, load, shipped_recipes
 from adapt.config.schema import Recipe, Teacher
 from adapt.registry import Registry
+from adapt.tokenization.recipe import TokenizerRecipe, shipped_tokenizers
 from adapt.train.rules import core_problems
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_nothing_shadows_hugging_face_tokenizers():
     assert not Path(shown.stdout.strip()).is_relative_to(ROOT / "tokenizers")
 
 
-@pytest.mark.parametrize("name", ["models", "configs"])
+@pytest.mark.parametrize("name", ["models", "configs", "tokenizers"])
 def test_one_step_from_the_top(name):
     assert (ROOT / name).is_symlink()
     assert (ROOT / name).resolve() == PACKAGE / name
@@ -69,6 +70,8 @@ def test_the_wheel_has_the_recipes_and_only_adapt(tmp_path):
     assert {name.split("/")[0] for name in names} == {"adapt", f"adapt_lm-{__version__}.dist-info"}
     for recipe in shipped_recipes():
         assert f"adapt/configs/{recipe}.yaml" in names
+    for name in shipped_tokenizers():
+        assert f"adapt/tokenizers/{name}.yaml" in names
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".html", ".md", ".yaml"):
             assert str(path.relative_to(ROOT)) in names
@@ -145,6 +148,7 @@ def config_classes() -> dict[type, Path]:
                 add(value)
 
     add(Recipe)
+    add(TokenizerRecipe)
     for registry in REGISTRIES:
         for name in registry.names():
             add(registry[name].config_type)

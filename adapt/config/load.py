@@ -79,7 +79,7 @@ def load(name: str, overrides: list[str] | None = None) -> Resolved:
     changes = []
     for item in overrides or []:
         try:
-            changes.append(_override(item))
+            changes.append(override(item))
         except UserError as error:
             problems += error.problems
     problems += _hidden_by_stages(data, [".".join(keys) for keys, _ in changes])
@@ -99,7 +99,7 @@ def load(name: str, overrides: list[str] | None = None) -> Resolved:
     raise RecipeError(problems, readable)
 
 
-def _override(item: str) -> tuple[list[str], Any]:
+def override(item: str) -> tuple[list[str], Any]:
     """`data.train[0].weight=3` -> [data, train, "0", weight], 3; the value is YAML, nothing is null."""
     dotted, equals, text = item.partition("=")
     keys = _keys(dotted)

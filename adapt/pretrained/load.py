@@ -118,13 +118,17 @@ def load_tokenizer(recipe: Recipe, *, offline: bool = False) -> PreTrainedTokeni
             raise UserError(Problem(where, f"{recipe.tokenizer.path!r}: give a folder or a Hub id"))
     else:
         base, revision, where = parse(recipe.model.base), recipe.model.revision, "model.base"
+    return read_tokenizer(tokenizer_folder(base, revision, offline=offline), where)
+
+
+def tokenizer_folder(base: Base, revision: str | None = None, *, offline: bool = False) -> Path:
+    """A local folder with the tokenizer's files."""
     if base.kind in ("folder", "hub"):
-        folder = locate(base, revision, TOKENIZER, offline=offline)
-    else:
-        folder = _dequantised(base, offline)
-        if problem := _facts(folder).get("tokenizer_problem"):
-            raise UserError(Problem("tokenizer.path", problem))
-    return read_tokenizer(folder, where)
+        return locate(base, revision, TOKENIZER, offline=offline)
+    folder = _dequantised(base, offline)
+    if problem := _facts(folder).get("tokenizer_problem"):
+        raise UserError(Problem("tokenizer.path", problem))
+    return folder
 
 
 def read_tokenizer(folder: Path, where: str = "tokenizer.path") -> PreTrainedTokenizerFast:

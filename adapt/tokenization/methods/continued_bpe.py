@@ -1,0 +1,42 @@
+"""Continued BPE as a recipe's `method`; the algorithm is in adapt/tokenization/continued_bpe.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adapt.components import tokenizer_methods
+from adapt.tokenization.byte_bpe import ByteBpe
+from adapt.tokenization.continued_bpe import Filter, Learned, learn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuedBpeConfig:
+    min_frequency: int = 2
+    """A pair that occurs less often is not merged."""
+    max_token_bytes: int = 32
+    """Longer tokens are not made."""
+    digits: bool = False
+    """Make tokens with digits (0-9) in them. Pre-tokenizers that cut numbers up set the limit anyway."""
+
+    def __post_init__(self) -> None:
+        if self.min_frequency < 1:
+            raise ValueError(f"min_frequency={self.min_frequency} must be 1 or more")
+        if self.max_token_bytes < 2:
+            raise ValueError(f"max_token_bytes={self.max_token_bytes} must be 2 or more: a new token has two parts")
+
+
+class ContinuedBpe:
+    coarsens = True
+
+    def __init__(self, config: ContinuedBpeConfig):
+        self.config = config
+
+    def __call__(self, base: ByteBpe, words: Mapping[str, int], num_tokens: int) -> Learned:
+        allowed = Filter(self.config.max_token_bytes, self.config.digits, frozenset(base.added))
+        return learn(words, base, num_tokens, allowed, self.config.min_frequency)
+
+
+@tokenizer_methods.register("continued_bpe")
+def continued_bpe(config: ContinuedBpeConfig) -> ContinuedBpe:
+    return ContinuedBpe(config)
