@@ -5,8 +5,8 @@
     python benchmarks/tokenizer.py encode        # MB/s of the base and of the extended tokenizer
 
 Texts are read and cleaned first and are not timed. `speed` runs every arm as a process of its own, the arms taking turns;
-wall seconds are the median, memory is the peak of the process (and of the largest of its workers). Base, texts and the
-number of tokens are options; the defaults are those of tokenizers/cabrita-pt.yaml.
+wall seconds are the median, memory is the peak of the process without its workers (`--workers 1`: there are none). Base,
+texts and the number of tokens are options; the defaults are those of tokenizers/cabrita-pt.yaml.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def cpu_seconds() -> float:
 
 def since(start: tuple[float, float]) -> dict:
     wall, cpu = time.perf_counter() - start[0], cpu_seconds() - start[1]
-    peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    return {"wall": wall, "cpu": cpu, "peak": peak}
+    (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    return {"wall": wall, "cpu": cpu, "peak": int(peak) / 1024}
 
 
 if __name__ == "__main__":
