@@ -160,8 +160,8 @@ def test_small_data_starts_no_worker(made, tokenizer, monkeypatch):
 
 
 SCRIPT = """
-import json, sys, time
-from adapt.data import batches, journal, work, workers
+import json, signal, sys, time
+from adapt.data import batches, build, journal, work, workers
 from adapt.data.prepare import prepare
 from tests.tiny import tiny_tokenizer
 from tests.data.helpers import recipe
@@ -173,6 +173,12 @@ def slowly(self, documents):
     time.sleep(slow)
     return tokenise(self, documents)
 work.Work.tokenise = slowly
+write = build._Preparation.write
+def slowly_written(self, *args):  # workers do not know of the one above
+    time.sleep(slow)
+    return write(self, *args)
+build._Preparation.write = slowly_written
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so would this
 data = json.loads(sys.argv[1])
 prepare(recipe(data.pop("train"), data.pop("eval"), **data), tiny_tokenizer(), progress=False)
 print("done", flush=True)
