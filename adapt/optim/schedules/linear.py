@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from adapt.components import schedules
-from adapt.optim.schedules.warmup import share_problems, tail, warmup_factor, warmup_problems, warmup_steps
+from adapt.optim.schedules.warmup import share_problems, tail, warmed, warmup_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,4 @@ class LinearConfig:
 
 @schedules.register("linear")
 def linear(config: LinearConfig) -> Callable[[int, int], float]:
-    def multiplier(step: int, total: int) -> float:
-        warm = warmup_steps(total, config.warmup)
-        if step >= total:
-            return config.final
-        if step < warm:
-            return warmup_factor(step, total, config.warmup)
-        return tail((step - warm) / (total - warm), config.final, "linear")
-
-    return multiplier
+    return warmed(config.warmup, config.final, lambda progress: tail(progress, config.final, "linear"))

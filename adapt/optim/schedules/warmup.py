@@ -10,7 +10,7 @@ No update uses eta(T), so the first update is not at zero, and neither is the la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from adapt.errors import Problem
 
@@ -37,6 +37,20 @@ def cosine_down(progress: float, final: float) -> float:
 def tail(progress: float, final: float, shape: str) -> float:
     """From 1 at 0 to `final` at 1: `linear`, or `sqrt`, which is 1 - sqrt(progress)."""
     return 1 - (1 - final) * (progress if shape == "linear" else math.sqrt(progress))
+
+
+def warmed(warmup: float, final: float, down: Callable[[float], float]) -> Callable[[int, int], float]:
+    """Linear warm-up, then `down(progress)` over all that is left of the run; `final` from its end on."""
+
+    def multiplier(step: int, total: int) -> float:
+        warm = warmup_steps(total, warmup)
+        if step >= total:
+            return final
+        if step < warm:
+            return warmup_factor(step, total, warmup)
+        return down((step - warm) / (total - warm))
+
+    return multiplier
 
 
 def warmup_problems(warmup: float, recipe) -> Iterator[Problem]:
