@@ -5,7 +5,6 @@ accuracy/<dataset>   share of the scored tokens
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from adapt.components import suites
@@ -27,27 +26,12 @@ def accuracy(config: AccuracyConfig) -> Suite:
 
 
 def measure(context: EvalContext) -> dict[str, float]:
-    from adapt.models import attention
-    from adapt.objectives.base import Models, flat_rows
-    from adapt.objectives.next_token import NextToken
-
-    objective = NextToken(context.facts)
+    from adapt.evaluate.tokens import scored, token_mean
+    from adapt.objectives.base import Models
 
     def right(models: Models, inputs: dict) -> int:
-        hidden = attention.hidden_states(
-            models.student, inputs["input_ids"], inputs["position_ids"], inputs["layout"], context.facts.attention
-        )
-        rows, head = flat_rows(hidden, inputs["source"]), attention.head_weight(models.student)
+        rows, head = scored(models.student, inputs, context.facts.attention)
         parts = zip(rows.split(CHUNK), inputs["target"].split(CHUNK), strict=True)
         return sum(int(((part @ head.T).argmax(-1) == target).sum()) for part, target in parts)
 
-    results = {}
-    for label in context.datasets:
-        sums = {"right": 0.0, "tokens": 0.0}
-        for batch in context.batches(label):
-            prepared = objective.prepare(batch, seed=context.seed, step=0).to(context.device)
-            sums["right"] += context.call(right, prepared.inputs)
-            sums["tokens"] += prepared.terms["ar"].count
-        sums = context.reduce(sums)
-        results[f"accuracy/{label}"] = sums["right"] / sums["tokens"] if sums["tokens"] else math.nan
-    return results
+    return {f"accuracy/{label}": token_mean(context, label, right) for label in context.datasets}

@@ -8,7 +8,6 @@ which may stay where it is while the distribution moves. It compares tokens, so 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,36 +35,19 @@ def kl_to_base(config: KlToBaseConfig) -> Suite:
 
 
 def measure(context: EvalContext) -> dict[str, float]:
+    from adapt.evaluate.tokens import scored, token_mean
     from adapt.losses.linear_kl import token_kl
-    from adapt.models import attention
-    from adapt.objectives.base import Models, flat_rows
-    from adapt.objectives.next_token import NextToken
+    from adapt.objectives.base import Models
 
     if not context.guards:
         raise UserError("suite kl_to_base measures on guards: mark an entry of data.eval with `guard: true`")
-    objective = NextToken(context.facts)
 
     def divergence(models: Models, inputs: dict) -> float:
-        def of(model):
-            hidden = attention.hidden_states(
-                model, inputs["input_ids"], inputs["position_ids"], inputs["layout"], context.facts.attention
-            )
-            return flat_rows(hidden, inputs["source"]), attention.head_weight(model)
-
         if models.teacher is None:
             raise UserError("suite kl_to_base needs a teacher: add `teacher: {base: self}` to the recipe")
-        if not len(inputs["source"]):
-            of(models.student), of(models.teacher)  # in step with the other ranks
+        student, teacher = (scored(m, inputs, context.facts.attention) for m in (models.student, models.teacher))
+        if not len(inputs["source"]):  # the models were called: in step with the other ranks
             return 0.0
-        return float(token_kl(*of(models.student), *of(models.teacher)).double().sum())
+        return float(token_kl(*student, *teacher).double().sum())
 
-    results = {}
-    for label in context.guards:
-        sums = {"nats": 0.0, "tokens": 0.0}
-        for batch in context.batches(label):
-            prepared = objective.prepare(batch, seed=context.seed, step=0).to(context.device)
-            sums["nats"] += context.call(divergence, prepared.inputs)
-            sums["tokens"] += prepared.terms["ar"].count
-        sums = context.reduce(sums)
-        results[f"kl_to_base/{label}"] = sums["nats"] / sums["tokens"] if sums["tokens"] else math.nan
-    return results
+    return {f"kl_to_base/{label}": token_mean(context, label, divergence) for label in context.guards}
