@@ -34,6 +34,13 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def assert_same_run(a: Path, b: Path) -> None:
+    """Every loss and every weight, bit for bit."""
+    assert losses(a) == losses(b)
+    left, right = weights(a), weights(b)
+    assert all(torch.equal(left[k], right[k]) for k in left)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -125,9 +132,7 @@ def test_two_stages_resume_inside_the_second(dropout_base, tmp_path, monkeypatch
         fit(resolve(broken))
     fit(resolve(broken), "yes")
     runs = tmp_path / "runs"
-    assert losses(runs / "straight") == losses(runs / "broken")
-    a, b = weights(runs / "straight"), weights(runs / "broken")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_run(runs / "straight", runs / "broken")
 
 
 @pytest.mark.parametrize(("tied", "packing"), [(True, "windows"), (False, "best_fit")])

@@ -19,7 +19,7 @@ from adapt.train.frozen_rows import FrozenRows, row_parameters
 from adapt.train.step import clip_gradients
 from adapt.train.validate import check
 from tests import tiny
-from tests.train.test_fit import launch, losses, stop_after, weights
+from tests.train.test_fit import assert_same_run, launch, stop_after, weights
 from tests.train.test_vocabulary_run import extending
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -194,9 +194,7 @@ def test_stages_resume_exactly(base, tied, tmp_path, monkeypatch, kept, after):
         fit(resolve(broken))
     fit(resolve(broken), "yes")
     runs = tmp_path / "runs"
-    assert losses(runs / "straight") == losses(runs / "broken")
-    a, b = weights(runs / "straight"), weights(runs / "broken")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_run(runs / "straight", runs / "broken")
 
 
 @pytest.mark.parametrize("kept", ["reset", "keep"])
@@ -220,9 +218,7 @@ def test_a_run_killed_between_two_stages_resumes_exactly(tied, tmp_path, monkeyp
         fit(resolve(broken))
     fit(resolve(broken), "yes")
     runs = tmp_path / "runs"
-    assert losses(runs / "straight") == losses(runs / "broken")
-    a, b = weights(runs / "straight"), weights(runs / "broken")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_run(runs / "straight", runs / "broken")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from adapt.objectives.block_diffusion import BlockDiffusion
 from adapt.train.fit import fit
 from tests import tiny
 from tests.recipes import corpus, tiny_recipe
-from tests.train.test_fit import launch, losses, stop_after, weights
+from tests.train.test_fit import assert_same_run, launch, losses, stop_after, weights
 
 
 @pytest.fixture
@@ -51,9 +51,7 @@ def test_a_finished_run_goes_on_when_steps_are_added(dropout_base, tmp_path):
     fit(resolve(longer | {"trainer": {**longer["trainer"], "steps": 3}}))
     fit(resolve(longer), "yes")
     runs = tmp_path / "runs"
-    assert losses(runs / "straight") == losses(runs / "longer")
-    a, b = weights(runs / "straight"), weights(runs / "longer")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_run(runs / "straight", runs / "longer")
 
 
 def test_stopped_before_the_first_step_is_still_exact(dropout_base, tmp_path, monkeypatch):
@@ -98,9 +96,7 @@ def test_resume_at_the_edge_of_two_stages(moments, dropout_base, tmp_path, monke
         fit(resolve(broken))
     fit(resolve(broken), "yes")
     runs = tmp_path / "runs"
-    assert losses(runs / "straight") == losses(runs / "broken")
-    a, b = weights(runs / "straight"), weights(runs / "broken")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_run(runs / "straight", runs / "broken")
 
 
 def test_each_stage_trains_on_its_own_data(tiny_base, tmp_path, capsys):
