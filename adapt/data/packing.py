@@ -2,7 +2,8 @@
 
 `Windows`: documents end to end, cut every T tokens; only the last row has padding. `BestFit`: documents are cut only
 where they are longer than T, and pieces are put together so that rows are nearly full (best-fit decreasing; Ding et
-al. 2024, "Fewer Truncations Improve Language Modeling"). `Single`: a document per row.
+al. 2024, "Fewer Truncations Improve Language Modeling"). `Single`: a document per row. `ByteWindows`: like `Windows`, cut
+every so many bytes of text instead.
 """
 
 from __future__ import annotations
@@ -48,6 +49,42 @@ class Windows:
             found.append((int(self._order[k]), begin + shift, stop + shift))
             begin, k = stop, k + 1
         return found
+
+
+class ByteWindows:
+    """Rows that hold the same text whatever the tokenizer: a token is in the row where its first byte is, so that two
+    tokenizers differ by at most one token at each edge. Reads all tokens once."""
+
+    def __init__(
+        self, order: np.ndarray, offsets: np.ndarray, seq_len: int, *, token_bytes: np.ndarray, row_bytes: int
+    ):
+        """token_bytes [tokens] of text that each token of the shards stands for; `seq_len` limits nothing here."""
+        start, stop = offsets[:-1][order], offsets[1:][order]
+        before = np.cumsum(token_bytes) - token_bytes
+        sizes = [token_bytes[a:b].sum() for a, b in zip(start, stop, strict=True)]
+        found: list[list[Segment]] = []
+        for document, a, b, at in zip(order, start, stop, np.cumsum(sizes) - sizes, strict=True):
+            row = (before[a:b] - before[a : a + 1] + at) // row_bytes
+            if a < b:  # a document's end stands for no text: it stays with the token before it
+                row[-1] = row[-2] if b - a > 1 and not token_bytes[b - 1] else row[-1]
+            for first, last in zip(*_runs(row), strict=True):
+                found += [[] for _ in range(int(row[first]) + 1 - len(found))]
+                found[int(row[first])].append((int(document), int(a + first), int(a + last)))
+        self._rows = [row for row in found if row]
+        self.longest = max((sum(b - a for _, a, b in row) for row in self._rows), default=0)
+        """Tokens."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def segments(self, row: int) -> list[Segment]:
+        return self._rows[row]
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs of equal values begin and end."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    return np.concatenate([[0], edges])[: len(values)], np.concatenate([edges, [len(values)]])[: len(values)]
 
 
 class Single:

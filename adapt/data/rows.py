@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from adapt.data.batch import PAD, TARGET
-from adapt.data.packing import PACKINGS, Single
+from adapt.data.packing import PACKINGS, ByteWindows, Single
 from adapt.data.permute import Permutation, shuffled, uniform
 from adapt.data.shards import TokenShards
 from adapt.errors import UserError
@@ -34,9 +34,12 @@ class Rows:
         packing: Literal["windows", "best_fit"] = "windows",
         cross_document_attention: bool = False,
         document_weight_as: Literal["repeat", "loss"] | None = None,
+        row_bytes: int | None = None,
+        byte_lengths: np.ndarray | None = None,
     ):
-        """`document_weight_as=None` reads every document once, whatever its weight. Raises UserError where the data
-        does not allow what is asked for."""
+        """`document_weight_as=None` reads every document once, whatever its weight. `row_bytes`: rows are cut by bytes
+        of text instead of by tokens, with `byte_lengths` [V] of each token, and are as long as the longest needs.
+        Raises UserError where the data does not allow what is asked for."""
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.unit = 2 if shards.has_pairs else 1
         """Rows that only make sense together."""
@@ -62,7 +65,12 @@ class Rows:
             if not (offsets[1:] - offsets[:-1])[order].any():
                 why = "" if weights is None else "; the documents' weights leave none over"
                 raise UserError(f"{shards.label}: there is no token to train on{why}")
-            self.packing = PACKINGS[packing](order, offsets, seq_len)
+            if row_bytes is None:
+                self.packing = PACKINGS[packing](order, offsets, seq_len)
+            else:
+                lengths = byte_lengths[shards.tokens(0, shards.num_tokens)]
+                self.packing = ByteWindows(order, offsets, seq_len, token_bytes=lengths, row_bytes=row_bytes)
+                self.seq_len = self.packing.longest
 
     @property
     def fingerprint(self) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 
-from adapt.data.batch import Batch
+from adapt.data.batch import PAD, Batch
 from adapt.data.plan import Plan
 from adapt.data.rows import Row, Rows, padding
 from adapt.data.shards import TokenShards
@@ -84,10 +85,14 @@ def eval_batches(
     rank: int = 0,
     world: int = 1,
     source: int = 0,
+    *,
+    row_bytes: int | None = None,
+    byte_lengths: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """The first `limit` rows of a held-out set, dealt out to the ranks. Every rank gets the same number of batches of
-    the same size, filled up with rows of padding (`sample_index` -1), so that collectives in the model meet."""
-    rows = Rows(shards, seq_len, EVAL_SEED)
+    the same size, filled up with rows of padding (`sample_index` -1), so that collectives in the model meet.
+    `row_bytes`, `byte_lengths`: see Rows; batches are then as long as their longest row."""
+    rows = Rows(shards, seq_len, EVAL_SEED, row_bytes=row_bytes, byte_lengths=byte_lengths)
     count = num_eval_rows(rows, limit)
     per_rank = -(-count // (world * rows.unit)) * rows.unit
     for start in range(0, per_rank, rows_per_batch):
@@ -97,8 +102,15 @@ def eval_batches(
             if index < count:
                 batch.append((rows[index], source, 0, index))
             else:
-                batch.append((padding(seq_len, shards.pad_id), source, 0, -1))
-        yield collate(batch)
+                batch.append((padding(rows.seq_len, shards.pad_id), source, 0, -1))
+        yield collate(batch) if row_bytes is None else _trimmed(collate(batch))
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """Without the columns at the end that hold nothing in any row (one is left where none holds anything)."""
+    used = int((batch.role != PAD).any(dim=0).sum()) or 1
+    shorter = {f.name: value[:, :used] for f in fields(Batch) if (value := getattr(batch, f.name)).ndim == 2}
+    return replace(batch, **shorter)
 
 
 def num_eval_rows(rows: Rows, limit: int | None) -> int:

@@ -37,9 +37,10 @@ class EvalContext:
     """`call(fn, *args)` runs `fn(models, *args)` in the root module, where sharded weights are whole, without
     gradients. Collective: every rank calls equally often."""
     tokenizer: Any
-    eval_sets: Mapping[str, Callable[[], Iterator[Batch]]]
+    eval_sets: Mapping[str, Callable[..., Iterator[Batch]]]
     """Dataset label -> a fresh pass over this rank's share of the held-out rows; on every rank equally many batches,
-    with rows of padding where it has fewer, so that the models may be called for each."""
+    with rows of padding where it has fewer, so that the models may be called for each. Takes `row_bytes` and
+    `byte_lengths` of adapt.data.stream.eval_batches."""
     reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
     """Sums of this rank -> sums over all ranks, in float64. Collective."""
     keep: Callable[[Grid], None] = lambda grid: None
@@ -59,8 +60,11 @@ class EvalContext:
     def datasets(self) -> list[str]:
         return list(self.eval_sets)
 
-    def batches(self, label: str) -> Iterator[Batch]:
-        return self.eval_sets[label]()
+    def batches(self, label: str, row_bytes: int | None = None) -> Iterator[Batch]:
+        """`row_bytes`: rows with so many bytes of text instead of `data.seq_len` tokens."""
+        if row_bytes is None:
+            return self.eval_sets[label]()
+        return self.eval_sets[label](row_bytes=row_bytes, byte_lengths=self.byte_lengths.numpy())
 
     @cached_property
     def byte_lengths(self) -> Tensor:

@@ -35,21 +35,30 @@ def bpb(config: BpbConfig) -> Suite:
 
 
 def measure(context: EvalContext) -> dict[str, float]:
+    results = {}
+    for label in context.datasets:
+        sums = nats_and_bytes(context, label)
+        results[f"bpb/{label}"] = per_byte(sums)
+        results[f"ar_loss/{label}"] = sums["nats"] / sums["tokens"] if sums["tokens"] else math.nan
+    return results | forgetting(context, results)
+
+
+def nats_and_bytes(context: EvalContext, label: str, row_bytes: int | None = None) -> dict[str, float]:
+    """Sums over the held-out rows: `nats`, `tokens` that were scored, and `bytes` of their text."""
     from adapt.objectives.next_token import NextToken
 
     objective = NextToken(context.facts)
-    results = {}
-    for label in context.datasets:
-        sums = {"nats": 0.0, "tokens": 0.0, "bytes": 0.0}
-        for batch in context.batches(label):
-            prepared = objective.prepare(batch, seed=context.seed, step=0).to(context.device)
-            sums["nats"] += sum(float(s) for s in context.call(objective, prepared.inputs).values())
-            sums["tokens"] += sum(term.count for term in prepared.terms.values())
-            sums["bytes"] += context.num_bytes(batch)
-        sums = context.reduce(sums)
-        results[f"bpb/{label}"] = sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
-        results[f"ar_loss/{label}"] = sums["nats"] / sums["tokens"] if sums["tokens"] else math.nan
-    return results | forgetting(context, results)
+    sums = {"nats": 0.0, "tokens": 0.0, "bytes": 0.0}
+    for batch in context.batches(label, row_bytes):
+        prepared = objective.prepare(batch, seed=context.seed, step=0).to(context.device)
+        sums["nats"] += sum(float(s) for s in context.call(objective, prepared.inputs).values())
+        sums["tokens"] += sum(term.count for term in prepared.terms.values())
+        sums["bytes"] += context.num_bytes(batch)
+    return context.reduce(sums)
+
+
+def per_byte(sums: dict[str, float]) -> float:
+    return sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
 
 
 def forgetting(context: EvalContext, results: dict[str, float]) -> dict[str, float]:
