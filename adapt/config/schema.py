@@ -55,6 +55,9 @@ class Model:
 class Tokenizer:
     path: str | None = None
     """Tokenizer folder or Hub id; null takes the base model's."""
+    recipe: str | None = None
+    """Instead of a path: a tokenizer recipe, as a file or a shipped one (`cabrita-pt`). The run builds it where its folder
+    is not there yet, as `adapt tokenizer extend -c RECIPE` does."""
 
 
 @dataclass(frozen=True, kw_only=True)

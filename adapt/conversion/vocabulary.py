@@ -1,4 +1,4 @@
-"""A model takes the extended tokenizer of `tokenizer.path` (tokenizer-extension spec, sections B.3 and C.1).
+"""A model takes the extended tokenizer of `tokenizer.path` or `tokenizer.recipe` (tokenizer-extension spec, sections B.3 and C.1).
 
 Old rows stay bit for bit. New rows are found by id, so that ids which fall into the padding of a matrix taller than its
 tokenizer are initialised like the others, and the matrix never shrinks.
@@ -32,8 +32,9 @@ class VocabularyConfig:
     """Rows are rounded up to a multiple of this (64 or 128 suit GPUs); what no token has starts at the mean."""
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if not recipe.tokenizer.path:
-            yield Problem(WHERE, "the conversion `vocabulary` needs the extended tokenizer; give its folder")
+        if not (recipe.tokenizer.path or recipe.tokenizer.recipe):
+            what = "give its folder, or the recipe that makes it in tokenizer.recipe"
+            yield Problem(WHERE, f"the conversion `vocabulary` needs the extended tokenizer; {what}")
         if recipe.teacher is not None and recipe.teacher.base == "self":
             what = (
                 "self is the base before conversions, and it cannot read the new tokens; take a teacher that has them"
@@ -53,7 +54,7 @@ class Vocabulary:
         """A base tokenizer that is not on this machine yet is compared when the weights are loaded."""
         config = copy.deepcopy(config)
         self._refuse_output(config)
-        if tokenizer is None or not self.recipe.tokenizer.path:  # the latter is refused by the config's rules
+        if tokenizer is None or self.recipe.tokenizer == Tokenizer():  # the latter is refused by the config's rules
             return config, tokenizer
         try:
             size = self._new(config.vocab_size, offline=True).size

