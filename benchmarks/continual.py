@@ -28,6 +28,17 @@ def replay(share: float) -> list[str]:
     return [f"data.train.0.weight={1 - share}", f"data.train.1.weight={share}", *plain]
 
 
+ONE_STAGE = "stages=[{name: everything, trainer: {steps: 24}}]"
+
+
+def new_rows(init: str, *more: str) -> list[str]:
+    return [
+        f"model.conversions=[{{name: vocabulary, init: {init}, pad_to_multiple: 64}}]",
+        "evaluation.limit=16",
+        *more,
+    ]
+
+
 EXPERIMENTS = {
     "dap": {
         "no replay": replay(0.0),
@@ -37,6 +48,15 @@ EXPERIMENTS = {
     },
     "meap": {"next_token": ["objective={name: next_token}"], "meap": []},
     "masked_thought": {"fine-tuning": ["objective={name: next_token}"], "masked_thought": []},
+    "cabrita": {  # 24 steps of 1,024 tokens each; the base's own tokenizer needs half as many tokens again for the same text
+        "base tokenizer": ["tokenizer.recipe=null", "model.conversions=[]", "evaluation.limit=16", ONE_STAGE],
+        "subword_mean": new_rows("subword_mean"),
+        "subword_mean, one stage": new_rows("subword_mean", ONE_STAGE),
+        "blend 0.5": new_rows("blend"),
+        "mean": new_rows("mean"),
+        "normal_cov 1": new_rows("{name: normal_cov, alpha: 1.0}"),
+        "focus": new_rows("focus"),
+    },
 }
 SHOWN = {
     "dap": [
@@ -48,6 +68,7 @@ SHOWN = {
     ],
     "meap": ["bpb/held-out", "passkey", "passkey_nll", "multi_needle_one", "multi_needle_nll"],
     "masked_thought": ["exact_match/arithmetic", "answer_loss/arithmetic"],
+    "cabrita": ["bpb_by_bytes/pt", "bpb_by_bytes/en", "tokens_per_byte/pt", "bpb/pt", "bpb/en"],
 }
 
 
@@ -85,15 +106,12 @@ def tables(rows: list[dict[str, str]]) -> str:
         own = [r for r in rows if r["experiment"] == experiment]
         metrics = [m for m in SHOWN[experiment] if any(r["metric"] == m for r in own)]
         out += [f"| {experiment} | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
-        start = {r["metric"]: r["value"] for r in own if r["step"] == "0"}
-        if own:
-            out.append(f"| before | {' | '.join(start.get(m, '') for m in metrics)} |")
         for arm in arms:
             of_arm = [r for r in own if r["arm"] == arm]
-            last = max((int(r["step"]) for r in of_arm), default=0)
-            end = {r["metric"]: r["value"] for r in of_arm if int(r["step"]) == last}
-            if end:
-                out.append(f"| {arm} | {' | '.join(end.get(m, '') for m in metrics)} |")
+            steps = sorted({int(r["step"]) for r in of_arm})
+            for what, step in (("before", steps[0]), ("after", steps[-1])) if steps else ():
+                found = {r["metric"]: r["value"] for r in of_arm if int(r["step"]) == step}
+                out.append(f"| {arm}, {what} | {' | '.join(found.get(m, '') for m in metrics)} |")
         out.append("")
     return "\n".join(out)
 

@@ -62,7 +62,9 @@ def _run(recipe: Recipe, index: int) -> Iterator[Problem]:
 
 def _model(recipe: Recipe) -> Iterator[Problem]:
     if recipe.tokenizer.path is not None and recipe.tokenizer.recipe is not None:
-        what = f"builds a tokenizer, and tokenizer.path={recipe.tokenizer.path!r} names one that is there; leave one out"
+        what = (
+            f"builds a tokenizer, and tokenizer.path={recipe.tokenizer.path!r} names one that is there; leave one out"
+        )
         yield Problem("tokenizer.recipe", what)
     if recipe.model.attention == "flex" and not _cuda_devices():
         yield Problem("model.attention", "flex needs a CUDA device, and there is none here; use auto or tiled")
