@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -244,6 +246,50 @@ def test_texts_of_its_own_are_read_instead_of_the_training_data(tiny_base, tmp_p
     replay["data"]["train"][0]["replay"] = True
     assert check(resolve(replay)).problems == []
     assert torch.equal(_tables(converted(replay)[1])[0], _tables(own[1])[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstSeenConfig:
+    scale: float = 1.0
+    """Of the rows."""
+
+
+def first_seen(config: FirstSeenConfig):
+    """An initialiser of a user's: each new token starts as the token before its first occurrence, where that is an old one."""
+
+    def rows(given: Table) -> torch.Tensor:
+        found, number = given.means(), {token: i for i, token in enumerate(given.extension.ids)}
+        for document in given.extension.documents((), 10_000):
+            for before, token in pairwise(document.tolist()):
+                place = number.pop(token, None)
+                if place is not None and before < len(given.rows):
+                    found[place] = given.rows[before]
+        return config.scale * found
+
+    return rows
+
+
+def test_an_initialiser_of_a_users_reads_texts_too(tiny_base, tmp_path):
+    """By its dotted path; nothing of the package knows it."""
+    conversion = {"name": "vocabulary", "init": {"name": "tests.conversion.test_focus.first_seen", "scale": 2.0}}
+    raw = extending(tiny_base, tmp_path, model={"conversions": [conversion]})
+    assert check(resolve(raw)).problems == []
+    (old,), model = converted(raw)
+    ids = load_tokenizer(resolve(raw).stages[0])(
+        json.loads((tmp_path / "pt.jsonl").read_text().splitlines()[0])["text"]
+    )
+    first = {token: before for before, token in reversed(list(pairwise(ids["input_ids"]))) if token >= 320}
+    told = {token: before for token, before in first.items() if before < 320}
+    new = _tables(model)[0][320:]
+    assert told
+    for token, before in told.items():
+        assert torch.equal(new[token - 320], 2 * old[before])
+
+
+def test_without_an_extension_there_is_nothing_to_read():
+    given = table()
+    with pytest.raises(UserError, match="focus learns from texts"):
+        start(Table(given.rows, given.trained, given.pieces, "input"))
 
 
 def test_max_tokens_is_shared_among_the_texts(tiny_base, tmp_path):
