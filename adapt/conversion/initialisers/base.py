@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from adapt.data.noise import generator
+
+if TYPE_CHECKING:
+    from adapt.conversion.texts import Extension
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,9 @@ class Table:
     """`output`: the rows of an untied head."""
     seed: int = 0
     """Of whatever is drawn."""
+    extension: Extension | None = None
+    """The recipe, the new tokens' ids, and through them texts: for what learns how new tokens are used. The same object
+    for both matrices of an untied model."""
 
     @cached_property
     def mean(self) -> Tensor:

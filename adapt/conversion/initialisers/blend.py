@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from adapt.components import InitialiserChoice, initialisers
+from adapt.conversion.base import named
 from adapt.conversion.initialisers.base import Initialiser, Table
 from adapt.conversion.initialisers.subword_mean import SubwordMeanConfig
 from adapt.errors import Problem
@@ -31,6 +32,8 @@ def blend(config: BlendConfig) -> Initialiser:
     other = config.of.build()
 
     def rows(table: Table):
-        return table.mean + config.share * (other(table) - table.mean)
+        with named("of"):
+            start = other(table)
+        return table.mean + config.share * (start - table.mean)
 
     return rows
