@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class VocabularyConfig:
     init: InitialiserChoice | None = None
-    """How new rows of the embedding start. null: halfway between all tokens' mean and the pieces' (`blend`) where the
-    head is tied to it, the mean of the pieces (`subword_mean`) where it is not."""
+    """How new rows of the embedding start. null: the mean of their pieces (`subword_mean`)."""
     output: InitialiserChoice | None = None
     """The same for a head that is not tied. null: like `init`; where that is null too, `mean`, which leaves the old
     predictions nearly as they were."""
@@ -83,7 +82,7 @@ class Vocabulary:
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         tied = head is None or head.weight is embedding
         tables = [(embedding, "input")] if tied else [(embedding, "input"), (head.weight, "output")]
-        initialisers, extension = self._initialisers(tied), Extension(self.recipe, new.ids)
+        initialisers, extension = self._initialisers(), Extension(self.recipe, new.ids)
         with torch.no_grad():
             for weight, side in tables:
                 table = Table(weight[:old].float(), trained, new.pieces, side, self.recipe.run.seed, extension)
@@ -122,18 +121,16 @@ class Vocabulary:
 
         return trained_rows(self._base(offline=False), model.config, model.get_input_embeddings().weight[:rows])
 
-    def _initialisers(self, tied: bool) -> dict[str, tuple[str, Initialiser]]:
+    def _initialisers(self) -> dict[str, tuple[str, Initialiser]]:
         """side -> (key, initialiser); one object where `init` serves both, so that it need not learn twice."""
-        from adapt.conversion.initialisers import blend, mean, subword_mean
+        from adapt.conversion.initialisers.mean import MeanConfig, mean
+        from adapt.conversion.initialisers.subword_mean import SubwordMeanConfig, subword_mean
 
-        default = (
-            blend.blend(blend.BlendConfig()) if tied else subword_mean.subword_mean(subword_mean.SubwordMeanConfig())
-        )
-        chosen = self.config.init
-        init = ("init", chosen.build() if chosen is not None else default)
-        if self.config.output is not None:
-            return {"input": init, "output": ("output", self.config.output.build())}
-        return {"input": init, "output": init if chosen is not None else ("output", mean.mean(mean.MeanConfig()))}
+        chosen, output = self.config.init, self.config.output
+        init = ("init", subword_mean(SubwordMeanConfig()) if chosen is None else chosen.build())
+        if output is not None:
+            return {"input": init, "output": ("output", output.build())}
+        return {"input": init, "output": init if chosen is not None else ("output", mean(MeanConfig()))}
 
 
 @conversions.register("vocabulary")

@@ -141,9 +141,9 @@ def test_invariant_12_rows_are_filled_by_id_in_a_matrix_taller_than_its_tokenize
         assert torch.equal(after[320 + count : 350], before[320 + count : 350])  # never shrunk, never touched
 
 
-def test_the_defaults_are_a_blend_where_tied_and_the_pieces_and_the_mean_where_not(base, tmp_path):
+def test_the_defaults_are_the_pieces_and_for_a_head_of_its_own_the_mean(base, tmp_path):
     _, model, _ = converted(base, tmp_path / "t")
-    ways = [{"init": "blend"}]
+    ways = [{"init": "subword_mean"}]
     if not model.config.tie_word_embeddings:
         ways = [{"init": "subword_mean", "output": "mean"}, {"init": "subword_mean"}]
     others = [tables(converted(base, tmp_path / "t", **way)[1]) for way in ways]

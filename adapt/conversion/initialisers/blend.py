@@ -1,7 +1,7 @@
 """Between the mean of all trained rows and another start: mu + share * (other - mu).
 
 With tied matrices the pieces' own mean lets a new token compete with its parts on old text, which the mean of all does
-not; half of each keeps most of both."""
+not; half of each keeps some of both."""
 
 from __future__ import annotations
 
