@@ -92,8 +92,8 @@ def recipe(name: str, runs: Path, *, base: Path, objective: dict, steps: int, lr
     return file
 
 
-def make_base(runs: Path) -> None:
-    """Tokenizer and random weights, then AR training from scratch."""
+def make_blank(runs: Path) -> Path:
+    """Folder of a tokenizer and random weights."""
     blank = runs / "blank"
     if not (blank / "config.json").is_file():
         import torch
@@ -113,6 +113,12 @@ def make_base(runs: Path) -> None:
         shape = SHAPE | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
         LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(blank)
         tokenizer.save_pretrained(blank)
+    return blank
+
+
+def make_base(runs: Path) -> None:
+    """AR training from scratch."""
+    blank = make_blank(runs)
     if not (runs / "base" / "export" / "config.json").is_file():
         objective = {"name": "next_token"}
         file = recipe("base", runs, base=blank, objective=objective, steps=BASE_STEPS, lr=BASE_LR, seed=1000)
