@@ -41,10 +41,12 @@ class Kept:
     """What pruning did to texts."""
 
     texts: int
-    same: int
-    """All their tokens are kept ones."""
+    other: int
+    """They have other tokens now."""
+    kept: int
+    """All tokens they had are kept ones."""
     changed: list[str]
-    """Of these, those that have other tokens now; none, or the pruning is wrong."""
+    """Of these, those that have other tokens all the same: none, or the pruning is wrong."""
     moved: list[str]
     """Texts, in which a boundary between tokens is gone."""
     fewer: list[str]
@@ -61,20 +63,21 @@ def compare(old: ByteBpe, new: ByteBpe, texts: Iterable[str], *, words: bool = F
         names = {i: token for token, i in bpe.ids.items()}
         encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         sides.append([[names[i] for i in e.ids] for e in encoded])
-    same = 0
+    other = kept = 0
     changed, moved, fewer = [], [], []
     for text, before, after in zip(texts, *sides, strict=True):
         if before == after:
-            same += 1
+            kept += 1
             continue
+        other += 1
         if new.ids.keys() >= set(before):
-            same += 1
+            kept += 1
             changed.append(text)
         if len(after) < len(before):
             fewer.append(text)
         if not _ends(old, before) <= _ends(new, after):
             moved.append(text)
-    return Kept(len(texts), same, changed, moved, fewer)
+    return Kept(len(texts), other, kept, changed, moved, fewer)
 
 
 def _ends(bpe: ByteBpe, tokens: Sequence[str]) -> set[int]:
@@ -132,7 +135,7 @@ def prove(
     """What was checked -> what was found wrong (nothing, if all is well). `words` are those of all texts there are;
     `strict`: it was promised that boundaries are only added."""
     compared, whole = compare(old, new, words, words=True), compare(old, new, texts)
-    claim = f"{compared.same:,d} of {compared.texts:,d} different words have kept tokens only, and have the same ones"
+    claim = f"{compared.kept:,d} of {compared.texts:,d} different words have kept tokens only, and have the same ones"
     found = {
         f"{len(new.ids):,d} tokens are kept; their ids are 0 to {len(new.ids) - 1:,d}, in the old order": ids_compact(
             old, new
