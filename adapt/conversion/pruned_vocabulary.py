@@ -31,6 +31,9 @@ class PrunedVocabularyConfig:
     def problems(self, recipe) -> Iterator[Problem]:
         if not recipe.tokenizer.path:
             yield Problem(WHERE, "the conversion `pruned_vocabulary` needs the pruned tokenizer; give its folder")
+        if recipe.model.conversions and recipe.model.conversions[0].config != self:
+            what = "the conversion `pruned_vocabulary` comes first: before it the new ids stand for other rows"
+            yield Problem("", what)
         if recipe.teacher is not None and recipe.teacher.base == "self":
             what = (
                 "self is the base before conversions, whose ids are others; take a teacher with the pruned vocabulary"
