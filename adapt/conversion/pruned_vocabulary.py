@@ -72,6 +72,7 @@ class PrunedVocabulary:
         moved = self._moved(embedding.num_embeddings, offline=False)
         rows = self._rows(moved)
         trained = trained_rows(self._base(offline=False), model.config, embedding.weight)
+        padded = embedding.padding_idx is not None  # that row gets no gradient
         tied = head is None or head.weight is embedding.weight
         old, new = list(moved.rows), list(moved.rows.values())
         with torch.no_grad():
@@ -87,6 +88,8 @@ class PrunedVocabulary:
         for config in (model.config, model.generation_config):
             if config is not None:
                 _renumber(config, moved)
+        if padded:
+            model.get_input_embeddings().padding_idx = model.get_decoder().padding_idx = model.config.pad_token_id
 
     def _moved(self, rows: int, *, offline: bool) -> Moved:
         """From the tokenizers as they are read: what other conversions add is theirs to initialise."""
