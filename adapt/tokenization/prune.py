@@ -78,8 +78,7 @@ def prune(recipe: PruneRecipe, tell: Callable[[str], None] = lambda what: None) 
     temporary = out.with_name(f".{out.name}.new")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        folders.write(base, new, temporary)
-        _renumber(temporary, old, new)
+        write(base, old, new, temporary)
         proofs = prove(old, new, base, temporary, opened.samples(texts), list(words), strict=recipe.strict)
         if any(proofs.values()):
             raise UserError(
@@ -166,8 +165,9 @@ def _refuse_kind(base: Path) -> None:
         raise UserError(Problem("base", f"{what}; only byte-level BPE tokenizers (GPT-2, Llama-3, SmolLM2) are pruned"))
 
 
-def _renumber(folder: Path, old: ByteBpe, new: ByteBpe) -> None:
-    """Ids in the files beside tokenizer.json."""
+def write(base: Path, old: ByteBpe, new: ByteBpe, folder: Path) -> None:
+    """The pruned tokenizer into `folder` (new): the base's files, with the new ids in those beside tokenizer.json, too."""
+    folders.write(base, new, folder)
     (folder / OLD_IDS).unlink(missing_ok=True)
     file = folder / folders.CONFIG
     fields: dict[str, Any] = json.loads(file.read_text("utf-8"))
