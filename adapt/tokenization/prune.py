@@ -68,7 +68,9 @@ def prune(recipe: PruneRecipe, tell: Callable[[str], None] = lambda what: None) 
     chosen = time.perf_counter()
     if len(kept) == len(old.ids):
         how = (
-            f"{recipe.min_count:,d} times or more, or is needed by one that does" if recipe.min_count > 1 else "in them"
+            f"{recipe.min_count:,d} times or more, or is needed by one that does"
+            if recipe.min_count > 1
+            else "in the texts"
         )
         what = f"there is nothing to prune: each of the {len(kept):,d} tokens occurs {how}; raise it, or set `tokens`"
         raise UserError(Problem("min_count", what))

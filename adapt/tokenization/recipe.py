@@ -109,7 +109,7 @@ class PruneRecipe(BuiltTokenizer):
     special tokens stay always."""
     strict: bool = False
     """Keep also what it takes that no text at all loses a boundary between tokens, or has fewer of them, than before:
-    often a third more. Text of kept tokens is tokenised as before either way."""
+    39,016 tokens instead of 29,280 for SmolLM2 and English. Text of kept tokens is tokenised as before either way."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
