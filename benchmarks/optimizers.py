@@ -28,9 +28,13 @@ RATES = {"scratch": (2e-3, 6e-3, 2e-2), "continued": (3e-5, 1e-4, 3e-4)}
 METRIC = {"scratch": "bpb/held-out", "continued": "bpb/security-val"}
 
 
+def arm(name: str, rate: float) -> str:
+    return f"{name}-{rate:.0e}"
+
+
 def arms(rates: tuple[float, ...]) -> dict[str, dict]:
     return {
-        f"{name}-{rate:g}": {"optimizer": {"name": name, "lr": rate} | keys}
+        arm(name, rate): {"optimizer": {"name": name, "lr": rate} | keys}
         for name, keys in OPTIMIZERS.items()
         for rate in rates
     }
@@ -79,7 +83,7 @@ def table(which: str, runs: Path) -> str:
     out = [f"| {metric} | " + " | ".join(f"lr {rate:g}" for rate in RATES[which]) + " |"]
     out.append("|---" * (len(RATES[which]) + 1) + "|")
     for name in OPTIMIZERS:
-        cells = [_last(runs / which / f"{name}-{rate:g}" / "metrics.jsonl", metric) for rate in RATES[which]]
+        cells = [_last(runs / which / arm(name, rate) / "metrics.jsonl", metric) for rate in RATES[which]]
         out.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(out)
 

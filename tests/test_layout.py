@@ -17,7 +17,7 @@ from adapt import __version__, components
 from adapt.config import decode, load, shipped_recipes
 from adapt.config.schema import Recipe, Teacher
 from adapt.registry import Registry
-from adapt.tokenization.recipe import TokenizerRecipe, shipped_tokenizers
+from adapt.tokenization.recipe import PruneRecipe, TokenizerRecipe, shipped_tokenizers
 from adapt.train.rules import core_problems
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ def test_the_wheel_has_the_recipes_and_only_adapt(tmp_path):
     assert {name.split("/")[0] for name in names} == {"adapt", f"adapt_lm-{__version__}.dist-info"}
     for recipe in shipped_recipes():
         assert f"adapt/configs/{recipe}.yaml" in names
-    for name in shipped_tokenizers():
-        assert f"adapt/tokenizers/{name}.yaml" in names
+    for path in (*shipped_tokenizers().values(), *shipped_tokenizers(PruneRecipe).values()):
+        assert str(path.relative_to(ROOT)) in names
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".html", ".md", ".yaml"):
             assert str(path.relative_to(ROOT)) in names
@@ -149,6 +149,7 @@ def config_classes() -> dict[type, Path]:
 
     add(Recipe)
     add(TokenizerRecipe)
+    add(PruneRecipe)
     for registry in REGISTRIES:
         for name in registry.names():
             add(registry[name].config_type)

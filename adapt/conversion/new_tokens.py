@@ -43,7 +43,8 @@ def _problems(old: dict[str, int], new: dict[str, int]) -> list[Problem]:
             Problem(
                 WHERE,
                 f"lacks {len(lost):,} of the base's {len(old):,} tokens, {lost[0]!r} (id {old[lost[0]]}) first: it is "
-                "another tokenizer, or a pruned one, and no extension of the base's; extend the base's own",
+                "another tokenizer, and no extension of the base's; extend the base's own. Where it is the base's, pruned, "
+                "the conversion is `pruned_vocabulary`",
             )
         )
     if moved := sorted((t for t in old if t in new and new[t] != old[t]), key=old.__getitem__):

@@ -37,10 +37,11 @@ def usable_cpus() -> int:
 
 
 class Workers:
-    def __init__(self, count: int | Literal["auto"], work: Work):
-        """1: everything is done in this process."""
+    def __init__(self, count: int | Literal["auto"], work: Work, *, key: str = "data.workers", resumes: bool = True):
+        """A count of 1: everything is done in this process. `key` is the recipe's for the count, and `resumes` says
+        whether the same command goes on where it was cut off: both for the letter when a worker dies."""
         self.count = usable_cpus() if count == "auto" else count
-        self.work = work
+        self.work, self.key, self.resumes = work, key, resumes
         self._pool: _Pool | None = None
 
     def __enter__(self) -> Workers:
@@ -77,12 +78,13 @@ class Workers:
 
     def _started(self) -> _Pool:
         if self._pool is None:
-            self._pool = _Pool(self.count, self.work)
+            self._pool = _Pool(self.count, self.work, self.key, self.resumes)
         return self._pool
 
 
 class _Pool:
-    def __init__(self, count: int, work: Work):
+    def __init__(self, count: int, work: Work, key: str, resumes: bool):
+        self.key, self.resumes = key, resumes
         state = pickle.dumps(work, protocol=pickle.HIGHEST_PROTOCOL)
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._all = [_launch(state) for _ in range(count)]
@@ -124,8 +126,8 @@ class _Pool:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return UserError(
             f"a worker process that prepares data {how}. If memory ran out (see `dmesg`), fewer of them need less: "
-            f"data.workers={max(1, len(self._all) // 2)}; with data.workers=1 there is none. The same command goes on "
-            "from where this one came to"
+            f"{self.key}={max(1, len(self._all) // 2)}; with {self.key}=1 there is none"
+            + (". The same command goes on from where this one came to" if self.resumes else "")
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from adapt.tokenization.byte_bpe import ByteBpe, Merge, piece_bytes
+from adapt.tokenization.scripts import Scripts
 
 SHIFT = 32
 """A pair of symbols is one integer, `a << SHIFT | b`: it hashes faster than a tuple."""
@@ -57,6 +58,8 @@ class Filter:
     digits: bool
     forbidden: frozenset[str]
     """Texts of added tokens."""
+    scripts: Scripts | None = None
+    """null: all."""
 
     def __call__(self, piece: str) -> bool:
         if len(piece) > self.max_token_bytes:
@@ -67,6 +70,8 @@ class Filter:
         if text.isspace():
             return False
         if b"<|" in text or b"|>" in text:  # half of a special token, as chat templates write them
+            return False
+        if self.scripts is not None and not self.scripts(text):
             return False
         return text.decode("utf-8", "replace") not in self.forbidden
 

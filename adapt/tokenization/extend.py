@@ -5,28 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adapt.config.decode import encode
-from adapt.data.cache import cache_folder
-from adapt.data.documents import BadRecord, Source
 from adapt.errors import Problem, UserError
 from adapt.pretrained.bases import parse
 from adapt.tokenization import folder as folders
 from adapt.tokenization.byte_bpe import ByteBpe, unreachable
 from adapt.tokenization.metrics import Change, Fit, change, fit
 from adapt.tokenization.proofs import prove
-from adapt.tokenization.recipe import Texts, TokenizerRecipe
+from adapt.tokenization.recipe import TokenizerRecipe
 from adapt.tokenization.sweep import Point, plot, sweep
-from adapt.tokenization.words import WordWork, count_words, read_texts
+from adapt.tokenization.texts import open_texts
 
 PLOT = "gain.png"
-PROOF_BYTES = 2**20
-"""About so much text of each held-out set the proofs run over."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +44,9 @@ class Extended:
 def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: None) -> Extended:
     """`tell` is given what is being done. Raises UserError with all problems that are seen before a text is read, or when a proof fails."""
     base, old, method, opened = _open(recipe)
-    bad: list[BadRecord] = []
-    texts = {}
-    for label, t, source, work in opened["eval"]:
-        tell(f"reading held-out text: {label}")
-        texts[label] = list(read_texts(source, work, t.max_bytes, bad))
-    if empty := [label for label, found in texts.items() if not any(text.split() for text in found)]:
-        raise UserError([Problem("eval", f"{label}: there is no text in it after cleaning") for label in empty])
+    texts = opened.held_out(tell)
     clock = [time.perf_counter()]
-    words: Counter[str] = Counter()
-    num_bytes = 0
-    for label, t, source, work in opened["train"]:
-        tell(f"counting words: {label}")
-        counts, size = count_words(source, work, recipe.workers, t.max_bytes, bad)
-        words.update(counts)
-        num_bytes += size
+    words, num_bytes = opened.count(tell)
     clock.append(time.perf_counter())
     tell(f"learning {recipe.tokens:,d} tokens from {len(words):,d} different words in {num_bytes:,d} bytes")
     learned = method(old, words, recipe.tokens)
@@ -71,19 +54,14 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
     if recipe.tokens and not learned.tokens:
         what = f"no pair of symbols in the {num_bytes:,d} bytes of text may be merged; give more text, or text of another language"
         raise UserError(Problem("train", what))
-    warnings = []
-    if bad:
-        warnings.append(f"{len(bad):,d} records could not be read; the first is {bad[0].where}: {bad[0].what}")
+    warnings = opened.warnings()
     if len(learned.tokens) < recipe.tokens:
         warnings.append(
             f"only {len(learned.tokens):,d} of {recipe.tokens:,d} tokens were found: {num_bytes:,d} bytes of text have no "
             "other pair that occurs often enough; give more text"
         )
     new = old.extended(learned.merges, learned.tokens)
-    samples = list(_samples(texts))
-    if not samples:  # no held-out text: then the proofs run over text that was learned from
-        _, _, source, work = opened["train"][0]
-        samples = list(read_texts(source, work, PROOF_BYTES))
+    samples = opened.samples(texts)
     tell("writing, proving and measuring")
     out = recipe.out
     temporary = out.with_name(f".{out.name}.new")
@@ -124,7 +102,7 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
 
 
 def _open(recipe: TokenizerRecipe):
-    """(folder of the base, base, method, section -> (label, texts, source, work)); all problems at once."""
+    """(folder of the base, base, method, texts); all problems at once."""
     from adapt.pretrained.load import tokenizer_folder
 
     problems: list[Problem] = folders.check_out(recipe.out, "dir")
@@ -136,40 +114,11 @@ def _open(recipe: TokenizerRecipe):
         problems += [
             Problem("base" if p.where.startswith(("model.", "tokenizer.")) else p.where, p.what) for p in error.problems
         ]
-    opened: dict[str, list[tuple[str, Texts, Source, WordWork]]] = {"train": [], "eval": []}
-    for section, entries in (("train", recipe.train), ("eval", recipe.eval)):
-        for i, t in enumerate(entries):
-            try:
-                source = t.source.build()
-                if hasattr(source, "use_tokenizer"):
-                    raise UserError("its texts are made for a tokenizer, and there is none yet; give another source")
-                if hasattr(source, "use_cache"):
-                    source.use_cache(cache_folder(recipe.cache))
-                source.fingerprint()
-                work = WordWork(
-                    old.text if old else "", old.added if old else (), (*getattr(source, "clean", ()), *t.clean)
-                )
-                opened[section].append((t.name or source.label, t, source, work))
-            except UserError as error:
-                problems += [Problem(f"{section}[{i}].source", str(p)) for p in error.problems]
-    labels = [label for label, *_ in opened["eval"]]
-    problems += [
-        Problem("eval", f"two entries are called {label!r}; give each a `name` of its own")
-        for label in sorted({x for x in labels if labels.count(x) > 1})
-    ]
+    opened, wrong = open_texts(recipe, old.text if old else "", old.added if old else ())
+    problems += wrong
     if problems:
         raise UserError(problems)
     return base, old, recipe.method.build(), opened
-
-
-def _samples(texts: dict[str, list[str]]) -> Iterator[str]:
-    for found in texts.values():
-        size = 0
-        for text in found:
-            if size >= PROOF_BYTES:
-                break
-            size += len(text.encode())
-            yield text
 
 
 def _record(recipe, old: ByteBpe, new: ByteBpe, num_bytes: int, proofs, fits, sha256: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A tokenizer folder, extended: the base's files with another tokenizer.json, loadable by transformers 4 and 5."""
+"""A tokenizer folder, extended or pruned: the base's files with another tokenizer.json, loadable by transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOCAL = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path", 
 
 def check_out(out: Path, where: str = "out") -> list[Problem]:
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
-        what = f"{out} exists and was not made by `adapt tokenizer extend`; give another folder or name"
+        what = f"{out} exists and was not made by `adapt tokenizer`; give another folder or name"
         return [Problem(where, what)]
     return []
 

@@ -90,7 +90,7 @@ def count_words(
     num_bytes = 0
     remember = [i for i, step in enumerate(work.steps) if getattr(step, "sequential", False)]
     first = remember[-1] + 1 if remember else 0
-    with Workers(workers, work) as pool:  # type: ignore[arg-type]
+    with Workers(workers, work, key="workers", resumes=False) as pool:  # type: ignore[arg-type]
         batches = _batches(_documents(source, bad))
         if first:
             batches = _batches(_in_order(work, pool, batches, remember[0], first))

@@ -262,6 +262,17 @@ def test_workers_count_what_one_process_counts(monkeypatch):
     assert part[1] < one[1] or part[0].total() < count_words(_Texts(*texts), WordWork(base().text, ()), 1)[0].total()
 
 
+def test_a_worker_that_dies_is_named_under_the_key_of_the_tokenizers_recipe(monkeypatch):
+    monkeypatch.setattr("adapt.data.workers.START", 0)
+    from adapt.components import CleanerChoice
+    from adapt.config.decode import decode
+
+    die = decode({"name": "tests.data.steps.die", "how": "kill"}, CleanerChoice)
+    with pytest.raises(UserError, match="was killed by signal 9.* need less: workers=1; with workers=1") as refused:
+        count_words(_Texts(ENGLISH, ENGLISH), WordWork(base().text, base().added, (die,)), 2)
+    assert "goes on" not in str(refused.value)  # counting begins again
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from adapt.components import tokenizer_methods
 from adapt.tokenization.byte_bpe import ByteBpe
 from adapt.tokenization.continued_bpe import Filter, Learned, learn
+from adapt.tokenization.scripts import Scripts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,19 @@ class ContinuedBpeConfig:
     """Longer tokens are not made."""
     digits: bool = False
     """Make tokens with digits (0-9) in them. Pre-tokenizers that cut numbers up set the limit anyway."""
+    scripts: tuple[str, ...] | None = None
+    """Unicode scripts of the tokens' letters: `[Latin]`, `[Han, Hiragana, Katakana]`. Spaces, digits and marks that are
+    used with every script pass always; part of a character passes where a character of these scripts has it. null: all."""
 
     def __post_init__(self) -> None:
         if self.min_frequency < 1:
             raise ValueError(f"min_frequency={self.min_frequency} must be 1 or more")
         if self.max_token_bytes < 2:
             raise ValueError(f"max_token_bytes={self.max_token_bytes} must be 2 or more: a new token has two parts")
+        if self.scripts is not None:
+            if not self.scripts:
+                raise ValueError("scripts=[] leaves no letters to make tokens of; null allows all scripts")
+            Scripts(self.scripts)
 
 
 class ContinuedBpe:
@@ -33,7 +41,8 @@ class ContinuedBpe:
         self.config = config
 
     def __call__(self, base: ByteBpe, words: Mapping[str, int], num_tokens: int) -> Learned:
-        allowed = Filter(self.config.max_token_bytes, self.config.digits, frozenset(base.added))
+        scripts = None if self.config.scripts is None else Scripts(self.config.scripts)
+        allowed = Filter(self.config.max_token_bytes, self.config.digits, frozenset(base.added), scripts)
         return learn(words, base, num_tokens, allowed, self.config.min_frequency)
 
 
