@@ -17,9 +17,9 @@ from adapt.data.documents import BadRecord, Source
 from adapt.errors import Problem, UserError
 from adapt.pretrained.bases import parse
 from adapt.tokenization import folder as folders
-from adapt.tokenization.byte_bpe import ByteBpe, unreachable
+from adapt.tokenization.base import Base
+from adapt.tokenization.kinds import read_base, wrong_method
 from adapt.tokenization.metrics import Change, Fit, change, fit
-from adapt.tokenization.proofs import prove
 from adapt.tokenization.recipe import Texts, TokenizerRecipe
 from adapt.tokenization.sweep import Point, plot, sweep
 from adapt.tokenization.words import WordWork, count_words, read_texts
@@ -79,7 +79,7 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
             f"only {len(learned.tokens):,d} of {recipe.tokens:,d} tokens were found: {num_bytes:,d} bytes of text have no "
             "other pair that occurs often enough; give more text"
         )
-    new = old.extended(learned.merges, learned.tokens)
+    new = old.grown(learned)
     samples = list(_samples(texts))
     if not samples:  # no held-out text: then the proofs run over text that was learned from
         _, _, source, work = opened["train"][0]
@@ -90,7 +90,8 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         folders.write(base, new, temporary)
-        proofs = prove(old, new, base, temporary, samples, coarsens=method.coarsens)
+        new.write(temporary)
+        proofs = old.prove(new, base, temporary, samples, method)
         if any(proofs.values()):
             raise UserError(
                 [Problem(f"not so: {claim}", "; ".join(found[:3])) for claim, found in proofs.items() if found]
@@ -101,7 +102,7 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
             for name, bpe in (("base", old), (recipe.name, new))
         ]
         changes = {name: change(old.tokenizer(), new.tokenizer(), old.next_id, found) for name, found in texts.items()}
-        lost = len(unreachable(new, learned.tokens))
+        lost = len(new.unreachable(learned.tokens))
         record = _record(recipe, old, new, num_bytes, proofs, fits, folders.sha256(temporary)) | {"unreachable": lost}
         record["changes"] = {name: asdict(one) for name, one in changes.items()}
         points = sweep(old, learned, recipe.sweep, texts) if recipe.sweep else []
@@ -131,7 +132,8 @@ def _open(recipe: TokenizerRecipe):
     base = old = None
     try:
         base = tokenizer_folder(parse(recipe.base, "base"), recipe.revision)
-        old = ByteBpe.read(base)
+        old = read_base(base)
+        problems += filter(None, [wrong_method(old, recipe.method)])
     except UserError as error:
         problems += [
             Problem("base" if p.where.startswith(("model.", "tokenizer.")) else p.where, p.what) for p in error.problems
@@ -146,9 +148,8 @@ def _open(recipe: TokenizerRecipe):
                 if hasattr(source, "use_cache"):
                     source.use_cache(cache_folder(recipe.cache))
                 source.fingerprint()
-                work = WordWork(
-                    old.text if old else "", old.added if old else (), (*getattr(source, "clean", ()), *t.clean)
-                )
+                cleaners = (*getattr(source, "clean", ()), *t.clean)
+                work = old.work(cleaners) if old else WordWork("", (), cleaners)
                 opened[section].append((t.name or source.label, t, source, work))
             except UserError as error:
                 problems += [Problem(f"{section}[{i}].source", str(p)) for p in error.problems]
@@ -172,7 +173,7 @@ def _samples(texts: dict[str, list[str]]) -> Iterator[str]:
             yield text
 
 
-def _record(recipe, old: ByteBpe, new: ByteBpe, num_bytes: int, proofs, fits, sha256: str) -> dict[str, Any]:
+def _record(recipe, old: Base, new: Base, num_bytes: int, proofs, fits, sha256: str) -> dict[str, Any]:
     return {
         "recipe": encode(recipe),
         "tokenizer_sha256": sha256,
