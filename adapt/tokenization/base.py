@@ -46,6 +46,10 @@ class Base(Protocol):
         """What was checked of `new`, an extension of this one -> what was found wrong (nothing, if all is well)."""
         ...
 
+    def warnings(self, new: Any, texts: Any) -> list[str]:
+        """What the user should know of `new` that its method did not promise."""
+        ...
+
 
 class Method(Protocol):
     kinds: tuple[str, ...]

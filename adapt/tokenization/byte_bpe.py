@@ -157,6 +157,9 @@ class ByteBpe:
 
         return proofs.prove(self, new, base, folder, texts, coarsens=method.coarsens)
 
+    def warnings(self, new: ByteBpe, texts: Sequence[str]) -> list[str]:
+        return []
+
 
 def unreachable(bpe: ByteBpe, tokens: Iterable[str]) -> list[str]:
     """Those of these byte-level pieces that the merges, given their own bytes, do not put together again."""

@@ -96,6 +96,7 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
             raise UserError(
                 [Problem(f"not so: {claim}", "; ".join(found[:3])) for claim, found in proofs.items() if found]
             )
+        warnings += old.warnings(new, samples)
         fits = [
             (name, label, fit(bpe.tokenizer(), found))
             for label, found in texts.items()

@@ -64,7 +64,7 @@ def missing_characters(words: Mapping[str, int], base: SentencePiece, at_least: 
     counts: Counter[str] = Counter()
     for word, times in words.items():
         for letter in word:
-            if not base.known(letter):
+            if letter not in base.vocab:
                 counts[letter] += times
     found = [(c, n) for c, n in counts.items() if n >= at_least and c not in NEVER and c != SPACE]
     return sorted(found, key=lambda item: (-item[1], item[0]))

@@ -73,18 +73,21 @@ def _ids(model: dict[str, Any]) -> dict[str, int]:
 
 
 def grown(data: dict[str, Any], old: Any, new: Any) -> dict[str, Any]:
-    """tokenizer.json for the pieces of `new`, which are those of `old` and more (both ModelProto)."""
+    """tokenizer.json for the pieces of `new`, which are those of `old` and more (both ModelProto). Where new scores are not
+    below all old ones, the merges are those of transformers' conversion, all anew."""
     pieces, model = list(new.pieces), data["model"]
     if isinstance(model["vocab"], list):
         vocab = [*model["vocab"], *([p.piece, p.score] for p in pieces[len(model["vocab"]) :])]
         return data | {"model": model | {"vocab": vocab}}
     vocab = model["vocab"] | {piece.piece: i for i, piece in enumerate(pieces)}
     mergeable = {p.piece: i for i, p in enumerate(pieces) if p.type == NORMAL}
+    below = max(p.score for p in pieces[len(old.pieces) :] if p.type == NORMAL) < min(p.score for p in old.pieces)
+    merges = _merges(model["merges"], mergeable, len(old.pieces), pieces) if below else _all_merges(new)
     return data | {
         "model": model
         | {
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [list(m) for m in _merges(model["merges"], mergeable, len(old.pieces), pieces)],
+            "merges": [list(m) for m in merges],
         }
     }
 

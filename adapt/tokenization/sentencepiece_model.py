@@ -199,18 +199,15 @@ class SentencePiece:
     def unreachable(self, tokens: Iterable[str]) -> list[str]:
         """Those of these pieces that their own characters do not give, by sentencepiece or by tokenizer.json."""
         tokens = list(tokens)
-        found = self.bare().encode(tokens, out_type=int)
-        bare = fast.bare(self.data)
-        encoded = bare.encode_batch_fast(tokens, add_special_tokens=False)
-        return [
-            token
-            for token, ids, e in zip(tokens, found, encoded, strict=True)
-            if [self.vocab[token]] != ids or ids != e.ids
-        ]
+        encoded = fast.bare(self.data).encode_batch_fast(tokens, add_special_tokens=False)
+        lost = {token for token, e in zip(tokens, encoded, strict=True) if e.ids != [self.vocab[token]]}
+        lost.update(self.bare_lost(tokens))
+        return [token for token in tokens if token in lost]
 
-    def known(self, letter: str) -> bool:
-        """Whether a character has a piece of its own."""
-        return letter in self.vocab
+    def bare_lost(self, tokens: Sequence[str]) -> list[str]:
+        """The same by sentencepiece alone."""
+        found = self.bare().encode(list(tokens), out_type=int)
+        return [token for token, ids in zip(tokens, found, strict=True) if ids != [self.vocab[token]]]
 
     def work(self, cleaners: tuple[CleanerChoice, ...]) -> PieceWork:
         rules = self.rules
@@ -227,6 +224,11 @@ class SentencePiece:
         from adapt.tokenization import sentencepiece_proofs
 
         return sentencepiece_proofs.prove(self, new, base, folder, texts, method)
+
+    def warnings(self, new: SentencePiece, texts: Sequence[str]) -> list[str]:
+        from adapt.tokenization import sentencepiece_proofs
+
+        return sentencepiece_proofs.warnings(self, new, texts)
 
 
 def processor(stored: bytes) -> Any:

@@ -15,7 +15,7 @@ from adapt.errors import UserError
 from adapt.tokenization import proofs
 from adapt.tokenization.base import Method
 from adapt.tokenization.byte_bpe import added_pattern
-from adapt.tokenization.sentencepiece_model import BYTE, UNKNOWN, SentencePiece
+from adapt.tokenization.sentencepiece_model import BYTE, NORMAL, UNKNOWN, SentencePiece
 
 
 def pieces_kept(old: SentencePiece, new: SentencePiece) -> list[str]:
@@ -134,6 +134,25 @@ def model_elsewhere(folder: Path, base: SentencePiece, texts: Sequence[str]) -> 
     found = [] if hashed == hashlib.sha256(json.dumps(ids).encode()).hexdigest() else ["sentencepiece gives other ids"]
     if size != len(base.vocab):
         found.append(f"{base.file} has {size:,d} pieces, not {len(base.vocab):,d}")
+    return found
+
+
+def warnings(old: SentencePiece, new: SentencePiece, texts: Sequence[str]) -> list[str]:
+    """Lines on which the two files disagree, and old pieces that no text reaches any more."""
+    found = []
+    lines = lines_of(old, texts)
+    if apart := both_alike(new, lines):
+        found.append(
+            f"tokenizer.json and {new.file} give other ids on {len(apart):,d} of {len(lines):,d} lines and texts, such as "
+            f"{apart[0]:.60}: programs that read one file differ from those that read the other"
+        )
+    normal = [piece for piece, i in old.vocab.items() if old.types[i] == NORMAL]
+    before, after = (set(model.bare_lost(normal)) for model in (old, new))
+    if lost := sorted(after - before, key=old.vocab.__getitem__):
+        found.append(
+            f"{len(lost):,d} old pieces ({lost[0]!r} first) are no longer reached by their own text: new ones take it, and "
+            "what the model learned of them is not used"
+        )
     return found
 
 

@@ -210,6 +210,9 @@ def test_a_unigram_tokenizer_json_alone_says_what_to_fetch(recipe_file, tmp_path
     "kind, method, told",
     [
         ("bpe", "append", "append extends byte-level BPE, and the base is SentencePiece BPE: take "),
+        ("unigram", "continued_bpe", "and the base is SentencePiece Unigram: take unigram"),
+        ("unigram", "cabrita", "and the base is SentencePiece Unigram: take unigram"),
+        ("bpe", "unigram", "take cabrita or chinese_llama or continued_bpe"),
     ],
 )
 def test_a_method_for_another_kind_is_refused_before_any_text_is_read(recipe_file, tmp_path, kind, method, told):
