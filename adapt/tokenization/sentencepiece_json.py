@@ -45,9 +45,15 @@ def refused(data: dict[str, Any], proto: Any) -> Iterator[str]:
             "extended alike. Remove the one that your model was not trained with"
         )
         return
+    added = data.get("added_tokens") or []
+    if others := vocab.keys() - set(pieces) - {token["content"] for token in added}:
+        yield (
+            f"its vocabulary has {len(others):,d} tokens ({min(others, key=vocab.__getitem__)!r} first) that the model beside "
+            "it lacks: it was extended alone; give the model that it was made from, or the tokenizer.json of this one"
+        )
+        return
     if model.get("dropout"):
         yield f"it has merge dropout {model['dropout']}: the same text is tokenised differently each time; set it to null"
-    added = data.get("added_tokens") or []
     if words := [t["content"] for t in added if not t["special"] and t["content"].strip().isalpha()]:
         yield (
             f"{len(words):,d} words ({', '.join(map(repr, words[:3]))}) were added with `add_tokens`: they are cut out of "

@@ -231,6 +231,12 @@ def test_decomposed_text_is_learned_from_as_the_model_normalises_it():
     assert any("\u0303" in token and len(token) > 1 for token in found.tokens)
 
 
+def test_a_lone_surrogate_is_no_text():
+    counted = words(base(), "n\ud800ão não")
+    assert counted == words(base(), "n?ão não")
+    assert learned(base(), 5, "n\ud800ão não " * 4).tokens
+
+
 @pytest.mark.parametrize("style, symbols", [("user", ("<sep>", "[INST]")), ("control", ("<mask>", "<s>"))])
 def test_user_defined_symbols_and_specials_are_in_no_new_piece(style, symbols):
     found = learned(base(style), 50, "não{}não {}é ".format(*symbols) * 9 + PORTUGUESE)

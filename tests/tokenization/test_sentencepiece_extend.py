@@ -115,6 +115,20 @@ def test_added_tokens_above_the_pieces_keep_their_ids_in_both_files(recipe_file,
     assert USER_DEFINED not in new.types
 
 
+def test_added_tokens_that_only_the_config_names_are_kept(recipe_file, tmp_path):
+    """A Llama-2-style folder of a chat model, without tokenizer.json."""
+    source = folder_of("llama", tmp_path / "chat", fast=False)
+    size = len(base().vocab)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    tokens = {str(size): {"content": "<|end|>", "special": True, **plain}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": tokens}))
+    done = extend(load(recipe_file, [f"base={source}"]))
+    new = read(done.out)
+    assert new.processor().piece_to_id("<|end|>") == new.tokenizer().token_to_id("<|end|>") == size
+    assert new.next_id == size + 1 + NUM_TOKENS
+
+
 def test_other_names_of_the_model_are_kept(recipe_file, tmp_path):
     folder = tmp_path / "base"
     (folder / "tokenizer.model").rename(folder / "spiece.model")
@@ -159,6 +173,10 @@ def _twice(data):
     data["added_tokens"].append(data["added_tokens"][0] | {"id": 7, "content": "<seven>"})
 
 
+def _alone(data):
+    data["model"]["vocab"]["xyz"] = len(data["model"]["vocab"])
+
+
 def _shifted(data):
     data["model"]["vocab"] = {p: i + 1 for p, i in data["model"]["vocab"].items()}
 
@@ -170,6 +188,7 @@ def _shifted(data):
         (lambda f: _edit_json(f, _word), "1 words ('coração') were added with `add_tokens`"),
         (lambda f: _edit_json(f, _gap), "without gaps"),
         (lambda f: _edit_json(f, _twice), "two tokens have the id 7"),
+        (lambda f: _edit_json(f, _alone), "1 tokens ('xyz' first) that the model beside it lacks"),
         (lambda f: _edit_json(f, _shifted), "have other ids here"),
         (lambda f: _edit_json(f, lambda d: d["model"].update(dropout=0.1)), "merge dropout"),
         (lambda f: _edit_json(f, lambda d: d.pop("model")), "`model` is missing"),

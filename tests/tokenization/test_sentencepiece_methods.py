@@ -145,6 +145,17 @@ def test_merges_promise_nothing_and_their_faults_are_told(tmp_path, method):
     assert "give other ids on" in told or "are reached by no text" in told or "no longer reached" in told
 
 
+def test_a_merged_tokenizer_is_extended_further(tmp_path):
+    """Its scores are not distinct, and its two files disagree: continued BPE keeps its promises all the same."""
+    merged = extend(load(recipe_of(tmp_path, "llama", "bpe", "cabrita"), ["tokens=30"]))
+    assert any("give other ids" in warning for warning in merged.warnings)
+    again = [f"base={merged.out}", "name=more", "tokens=20", "method=continued_bpe"]
+    done = extend(load(str(tmp_path / "recipe.yaml"), again))
+    assert done.num_tokens == 20
+    assert not any(done.proofs.values())
+    assert any("disagree on" in claim for claim in done.proofs)
+
+
 def test_a_model_too_large_for_the_texts_is_a_letter(tmp_path):
     with pytest.raises(UserError, match="sentencepiece cannot train a bpe model of 3 pieces"):
         extend(load(recipe_of(tmp_path, "llama", "bpe", "cabrita"), ["method.fresh_tokens=3"]))
