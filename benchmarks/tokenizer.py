@@ -196,10 +196,16 @@ def sentencepiece(args: argparse.Namespace) -> None:
         f"{old.kind}, {len(old.vocab):,d} pieces; {size / 1e6:.2f} MB of new text; learning took {took['wall']:.1f} s"
     )
     print(f"held out: {', '.join(f'{len(lines):,d} lines' for lines in held_out)}")
-    print(
-        "| new scores | added | new tok/word | old tok/word | unreachable | lines that break coarsening, new/old | two files differ |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = [
+        "new scores",
+        "added",
+        "new tok/word",
+        "old tok/word",
+        "unreachable",
+        "lines that break coarsening, new/old",
+    ]
+    columns += ["tokenizer.json differs", "with merges by id, as transformers 5 converts a model"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, pieces in arms.items():
         new = old.grown(pieces)
         processor = new.processor()
