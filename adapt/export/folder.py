@@ -15,6 +15,7 @@ from typing import Any
 
 from adapt.config.schema import Recipe
 from adapt.errors import Problem, UserError
+from adapt.export.pieces import copy_model
 from adapt.export.verify import compare, reload
 from adapt.pretrained.cache import new_folder
 from adapt.pretrained.provenance import EXPORT_FILE
@@ -70,6 +71,7 @@ def export_folder(
             with quiet():
                 stock.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            copy_model(tokenizer, folder)
             _tidy(folder, extra_config, getattr(stock.config, "mask_token_id", None))
             if "mask_token_id" in extra_config:  # it decodes by block diffusion where adapt is not installed, too
                 (folder / "custom_generate").mkdir()

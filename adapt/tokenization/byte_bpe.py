@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapt.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from adapt.components import CleanerChoice
+    from adapt.tokenization.base import Method
+    from adapt.tokenization.continued_bpe import Learned
+    from adapt.tokenization.words import WordWork
 
 FILE = "tokenizer.json"
 Merge = tuple[str, str]
@@ -40,6 +46,7 @@ class ByteBpe:
     data: dict[str, Any]
     text: str
     """The file as it was read."""
+    kind: ClassVar[str] = "byte-level BPE"
 
     @staticmethod
     def read(folder: Path, where: str = "base") -> ByteBpe:
@@ -129,6 +136,30 @@ class ByteBpe:
         data = self.data | {"model": model}
         return ByteBpe(data, json.dumps(data, ensure_ascii=False, indent=2))
 
+    def grown(self, learned: Learned) -> ByteBpe:
+        return self.extended(learned.merges, learned.tokens)
+
+    def unreachable(self, tokens: Iterable[str]) -> list[str]:
+        return unreachable(self, tokens)
+
+    def work(self, cleaners: tuple[CleanerChoice, ...]) -> WordWork:
+        from adapt.tokenization.words import WordWork
+
+        return WordWork(self.text, self.added, cleaners)
+
+    def write(self, folder: Path) -> None:
+        """tokenizer.json is all there is."""
+
+    def prove(
+        self, new: ByteBpe, base: Path, folder: Path, texts: Sequence[str], method: Method
+    ) -> dict[str, list[str]]:
+        from adapt.tokenization import proofs
+
+        return proofs.prove(self, new, base, folder, texts, coarsens=method.coarsens)
+
+    def warnings(self, new: ByteBpe, texts: Sequence[str]) -> list[str]:
+        return []
+
 
 def unreachable(bpe: ByteBpe, tokens: Iterable[str]) -> list[str]:
     """Those of these byte-level pieces that the merges, given their own bytes, do not put together again."""
@@ -140,8 +171,8 @@ def unreachable(bpe: ByteBpe, tokens: Iterable[str]) -> list[str]:
 def _no_file(folder: Path) -> str:
     if list(folder.glob("*.model")):
         return (
-            f"{folder} has a SentencePiece model and no tokenizer.json; only byte-level BPE tokenizers "
-            "(GPT-2, Llama-3, Qwen, SmolLM2) can be extended"
+            f"{folder} has no tokenizer.json; fetch it from the model's repository: a tokenizer.model that is no "
+            "SentencePiece model (Llama-3's original) cannot be extended"
         )
     return (
         f"{folder} has no tokenizer.json, so there is no tokenizer to extend; give the folder that has it, or a Hub id"
@@ -152,13 +183,19 @@ def _refused(data: dict[str, Any]) -> Iterator[str]:
     """Why this tokenizer cannot be extended by continued BPE."""
     model = data["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
+    if kind == "Unigram":
+        yield (
+            "its model is SentencePiece Unigram, and its folder has no SentencePiece model, which would not learn the new "
+            "pieces and would then give other ids; fetch spiece.model or tokenizer.model from the base's repository into it"
+        )
+        return
     if kind != "BPE":
         yield f"its model is {kind}; merges can be continued for BPE only, and this one has none"
         return
     if model.get("byte_fallback"):
         yield (
-            "it is SentencePiece BPE (byte_fallback), whose tokenizer.model would not learn the new pieces and would "
-            "then give other ids; only byte-level BPE can be extended"
+            "it is SentencePiece BPE (byte_fallback), and its folder has no tokenizer.model, which would not learn the new "
+            "pieces and would then give other ids; fetch tokenizer.model from the base's repository into it"
         )
         return
     letters = [list(_kinds(data.get(part))) for part in ("pre_tokenizer", "normalizer")]

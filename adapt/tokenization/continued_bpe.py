@@ -10,8 +10,9 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from adapt.tokenization.byte_bpe import ByteBpe, Merge, piece_bytes
 from adapt.tokenization.scripts import Scripts
@@ -87,7 +88,23 @@ def learn(
 
     Fewer come back when no allowed pair is left that occurs `min_frequency` times. The same words in any order give the
     same merges: of pairs that occur equally often, the one with the smaller ids is first."""
-    state = _Words(words, base)
+    vocab = base.vocab
+    letters = {piece for piece in vocab if len(piece) == 1}
+    known = [word for word in words if letters.issuperset(word)]  # bytes that the vocabulary lacks are lost
+    encoded = base.segmenter().encode_batch_fast(known, add_special_tokens=False)
+    state = Words(
+        (e.ids for e in encoded),
+        (words[word] for word in known),
+        ids={piece: i for piece, i in vocab.items() if piece not in base.added},  # whose text never comes here
+        pieces={i: piece for piece, i in vocab.items()},
+        next_id=base.next_id,
+        ranks={vocab[a] << SHIFT | vocab[b]: (rank, vocab[a + b]) for rank, (a, b) in enumerate(base.merges)},
+    )
+    return merge_pairs(state, num_tokens, allowed, min_frequency)
+
+
+def merge_pairs(state: Words, num_tokens: int, allowed: Callable[[str], bool], min_frequency: int) -> Learned:
+    """The most frequent allowed pair again and again, on words that the old tokenizer has taken apart."""
     learned = Learned()
     heap = [(-count, pair) for pair, count in state.counts.items()]
     heapq.heapify(heap)
@@ -119,25 +136,27 @@ def learn(
     return learned
 
 
-class _Words:
-    """The distinct words as symbols, with the counts of adjacent pairs and where each pair is."""
+class Words:
+    """Distinct words as symbols, with the counts of adjacent pairs and where each pair is."""
 
-    def __init__(self, words: Mapping[str, int], base: ByteBpe):
-        vocab = base.vocab
-        self.ids = {piece: i for piece, i in vocab.items() if piece not in base.added}
-        """What a new merge may make again: no added token, whose text never comes here."""
-        self.pieces = {i: piece for piece, i in vocab.items()}
-        self.next_id = base.next_id
-        self.ranks = {vocab[a] << SHIFT | vocab[b]: (rank, vocab[a + b]) for rank, (a, b) in enumerate(base.merges)}
-        letters = {piece for piece in base.vocab if len(piece) == 1}
-        known = [word for word in words if letters.issuperset(word)]  # bytes that the vocabulary lacks are lost
-        encoded = base.segmenter().encode_batch_fast(known, add_special_tokens=False)
+    def __init__(
+        self,
+        symbols: Iterable[list[int]],
+        frequency: Iterable[int],
+        *,
+        ids: dict[str, int],
+        pieces: dict[int, str],
+        next_id: int,
+        ranks: Any,
+    ):
+        """`ids`: pieces that a merge may make; `pieces`: what each symbol stands for; `ranks`: pair -> (rank, token)."""
+        self.ids, self.pieces, self.next_id, self.ranks = ids, pieces, next_id, ranks
         self.symbols: list[list[int]] = []
         self.frequency: list[int] = []
-        for word, e in zip(known, encoded, strict=True):
-            if len(e.ids) > 1:
-                self.symbols.append(e.ids)
-                self.frequency.append(words[word])
+        for word, occurrences in zip(symbols, frequency, strict=True):
+            if len(word) > 1:
+                self.symbols.append(word)
+                self.frequency.append(occurrences)
         self.counts: dict[int, int] = defaultdict(int)
         self.where: dict[int, set[int]] = defaultdict(set)
         for number, symbols in enumerate(self.symbols):
@@ -186,8 +205,12 @@ class _Words:
     def merge_into_old(self, pair: int, token: int) -> set[int]:
         """The pair makes a token that exists, and that may be in merges itself: those rank before this one, and run."""
         self.ranks[pair] = (len(self.ranks), token)
+        return self._merge_again(self.where.pop(pair))
+
+    def _merge_again(self, numbers: Iterable[int]) -> set[int]:
+        """The words of these numbers, merged as far as they can be; the pairs that may have become more frequent."""
         risen = set()
-        for number in self.where.pop(pair):
+        for number in numbers:
             symbols, frequency = self.symbols[number], self.frequency[number]
             for a, b in itertools.pairwise(symbols):
                 self.counts[a << SHIFT | b] -= frequency

@@ -14,9 +14,9 @@ from adapt.config.decode import encode
 from adapt.errors import Problem, UserError
 from adapt.pretrained.bases import parse
 from adapt.tokenization import folder as folders
-from adapt.tokenization.byte_bpe import ByteBpe, unreachable
+from adapt.tokenization.base import Base
+from adapt.tokenization.kinds import read_base, wrong_method
 from adapt.tokenization.metrics import Change, Fit, change, fit
-from adapt.tokenization.proofs import prove
 from adapt.tokenization.recipe import TokenizerRecipe
 from adapt.tokenization.sweep import Point, plot, sweep
 from adapt.tokenization.texts import open_texts
@@ -60,7 +60,7 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
             f"only {len(learned.tokens):,d} of {recipe.tokens:,d} tokens were found: {num_bytes:,d} bytes of text have no "
             "other pair that occurs often enough; give more text"
         )
-    new = old.extended(learned.merges, learned.tokens)
+    new = old.grown(learned)
     samples = opened.samples(texts)
     tell("writing, proving and measuring")
     out = recipe.out
@@ -68,18 +68,20 @@ def extend(recipe: TokenizerRecipe, tell: Callable[[str], None] = lambda what: N
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         folders.write(base, new, temporary)
-        proofs = prove(old, new, base, temporary, samples, coarsens=method.coarsens)
+        new.write(temporary)
+        proofs = old.prove(new, base, temporary, samples, method)
         if any(proofs.values()):
             raise UserError(
                 [Problem(f"not so: {claim}", "; ".join(found[:3])) for claim, found in proofs.items() if found]
             )
+        warnings += old.warnings(new, samples)
         fits = [
             (name, label, fit(bpe.tokenizer(), found))
             for label, found in texts.items()
             for name, bpe in (("base", old), (recipe.name, new))
         ]
         changes = {name: change(old.tokenizer(), new.tokenizer(), old.next_id, found) for name, found in texts.items()}
-        lost = len(unreachable(new, learned.tokens))
+        lost = len(new.unreachable(learned.tokens))
         record = _record(recipe, old, new, num_bytes, proofs, fits, folders.sha256(temporary)) | {"unreachable": lost}
         record["changes"] = {name: asdict(one) for name, one in changes.items()}
         points = sweep(old, learned, recipe.sweep, texts) if recipe.sweep else []
@@ -109,19 +111,20 @@ def _open(recipe: TokenizerRecipe):
     base = old = None
     try:
         base = tokenizer_folder(parse(recipe.base, "base"), recipe.revision)
-        old = ByteBpe.read(base)
+        old = read_base(base)
+        problems += filter(None, [wrong_method(old, recipe.method)])
     except UserError as error:
         problems += [
             Problem("base" if p.where.startswith(("model.", "tokenizer.")) else p.where, p.what) for p in error.problems
         ]
-    opened, wrong = open_texts(recipe, old.text if old else "", old.added if old else ())
+    opened, wrong = open_texts(recipe, old)
     problems += wrong
     if problems:
         raise UserError(problems)
     return base, old, recipe.method.build(), opened
 
 
-def _record(recipe, old: ByteBpe, new: ByteBpe, num_bytes: int, proofs, fits, sha256: str) -> dict[str, Any]:
+def _record(recipe, old: Base, new: Base, num_bytes: int, proofs, fits, sha256: str) -> dict[str, Any]:
     return {
         "recipe": encode(recipe),
         "tokenizer_sha256": sha256,

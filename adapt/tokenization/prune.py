@@ -141,7 +141,7 @@ def _open(recipe: PruneRecipe) -> tuple[Path, ByteBpe, Closure, Opened]:
                 choose(closure, {}, recipe.min_count, recipe.tokens)
         except UserError as error:
             problems += error.problems
-    opened, wrong = open_texts(recipe, old.text if old else "", old.added if old else ())
+    opened, wrong = open_texts(recipe, old)
     problems += wrong
     if problems:
         raise UserError(problems)

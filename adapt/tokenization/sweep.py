@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapt.tokenization.byte_bpe import ByteBpe
+from adapt.tokenization.base import Base
 from adapt.tokenization.continued_bpe import Learned
 from adapt.tokenization.metrics import Fit, fit
 
@@ -24,13 +24,13 @@ class Point:
     """Bytes per token gained since the point before, for 1,000 further tokens; null at the first."""
 
 
-def sweep(base: ByteBpe, learned: Learned, sizes: Sequence[int], texts: Mapping[str, Sequence[str]]) -> list[Point]:
+def sweep(base: Base, learned: Learned, sizes: Sequence[int], texts: Mapping[str, Sequence[str]]) -> list[Point]:
     """At 0, at each of `sizes` that was reached, and at all tokens learned."""
     total = len(learned.tokens)
     points: list[Point] = []
     for n in sorted({0, total, *(size for size in sizes if size < total)}):
         part = learned.first(n)
-        tokenizer = base.extended(part.merges, part.tokens).tokenizer()
+        tokenizer = base.grown(part).tokenizer()
         for label, found in texts.items():
             one = fit(tokenizer, found)
             before = next((p for p in reversed(points) if p.text == label), None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from adapt.data.cache import cache_folder
 from adapt.data.documents import BadRecord, Source
 from adapt.errors import Problem, UserError
+from adapt.tokenization.base import Base
 from adapt.tokenization.recipe import BuiltTokenizer, Texts
 from adapt.tokenization.words import WordWork, count_words, read_texts
 
@@ -60,8 +61,9 @@ class Opened:
         return [f"{len(self.bad):,d} records could not be read; the first is {first.where}: {first.what}"]
 
 
-def open_texts(recipe: BuiltTokenizer, tokenizer_json: str, added: Iterable[str]) -> tuple[Opened, list[Problem]]:
-    """The sources of a recipe, for a tokenizer; nothing is read yet. All problems at once."""
+def open_texts(recipe: BuiltTokenizer, tokenizer: Base | None) -> tuple[Opened, list[Problem]]:
+    """The sources of a recipe, for a tokenizer (null: there is something wrong with it); nothing is read yet. All
+    problems at once."""
     problems: list[Problem] = []
     opened = Opened(recipe, {"train": [], "eval": []})
     for section, entries in (("train", recipe.train), ("eval", recipe.eval)):
@@ -73,7 +75,8 @@ def open_texts(recipe: BuiltTokenizer, tokenizer_json: str, added: Iterable[str]
                 if hasattr(source, "use_cache"):
                     source.use_cache(cache_folder(recipe.cache))
                 source.fingerprint()
-                work = WordWork(tokenizer_json, added, (*getattr(source, "clean", ()), *t.clean))
+                cleaners = (*getattr(source, "clean", ()), *t.clean)
+                work = tokenizer.work(cleaners) if tokenizer else WordWork("", (), cleaners)
                 opened.sections[section].append((t.name or source.label, t, source, work))
             except UserError as error:
                 problems += [Problem(f"{section}[{i}].source", str(p)) for p in error.problems]

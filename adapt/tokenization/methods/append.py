@@ -28,7 +28,9 @@ class AppendConfig:
 
 
 class Append:
+    kinds = (ByteBpe.kind,)
     coarsens = False
+    reaches = False
 
     def __init__(self, config: AppendConfig):
         self.config = config
