@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapt.config import load
+from adapt.tokenization.recipe import shipped_tokenizers
 from adapt.train.validate import check
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -22,6 +23,7 @@ def test_recipes_in_the_readme_validate(text, tmp_path, monkeypatch):
     Path("corpus").mkdir()
     for file in ("corpus/page.jsonl", "held-out.jsonl", "general.jsonl"):
         Path(file).write_text(json.dumps({"text": "a page"}) + "\n")
+    Path("my-tokenizer.yaml").write_text(shipped_tokenizers()["cabrita-pt"].read_text())
     resolved = load("my.yaml")
     report = check(resolved, offline=True)
     assert report.problems == []
