@@ -295,7 +295,7 @@ class Generation:
 class Recipe:
     """One stage's complete configuration; a run is a list of one or more of these."""
 
-    OTHER_KEYS: ClassVar[tuple[str, ...]] = ("stages", "extends")
+    OTHER_KEYS: ClassVar[tuple[str, ...]] = ("stages", "arms", "arm", "extends")
     """Keys of a recipe file that are gone once it is resolved."""
 
     run: Run
@@ -329,3 +329,15 @@ STAGE_SECTIONS = (
     "optimizer_state",
 )
 """Sections that an entry of `stages` may override."""
+
+ARM_SECTIONS = (
+    "model",
+    "objective",
+    "teacher",
+    "trainable",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "stages",
+)
+"""Sections that an entry of `arms` may override. Data, seed, evaluation and what is kept are the same in all."""

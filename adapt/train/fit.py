@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -36,10 +37,14 @@ from adapt.train.teacher import build_teacher
 
 
 def fit(resolved: Resolved, resume: str = "no") -> int:
-    """Train, evaluate, export and report. Returns the exit code 0; raises UserError (2) or StopRequested (75)."""
+    """Train, evaluate, export and report. Returns the exit code 0 (of arms, one that failed may have left another);
+    raises UserError (2) or StopRequested (75)."""
+    from adapt.train.arms import BEGAN, fit_arms
     from adapt.train.validate import check_or_raise
 
-    began = time.monotonic()
+    if resolved.arms:
+        return fit_arms(resolved, resume)
+    began = float(os.environ.get(BEGAN, time.monotonic()))
     check_or_raise(resolved)
     _quiet()
     world = worlds.start(resolved.recipe.trainer.devices)

@@ -15,6 +15,7 @@ from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
 from adapt.objectives.base import Objective
+from adapt.optim.state_bytes import state_bytes
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
@@ -58,6 +59,7 @@ class Stage(L.LightningModule):
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.rows_per_step = recipe.trainer.batch_tokens // recipe.data.seq_len
         self.since = (time.perf_counter(), state.tokens)
+        self.measured = state.stage_step > 0  # a run that goes on has told it
 
     def configure_model(self) -> None:
         """The root arrives built and sharded: evaluation and export need it outside of a fit, too."""
@@ -103,6 +105,8 @@ class Stage(L.LightningModule):
             state.stage_step, state.step = step + 1, state.step + 1
             state.tokens += self.rows_per_step * self.recipe.data.seq_len
         state.seconds += time.perf_counter() - started
+        if result.finite and not self.measured:
+            self._tell_memory()
         if (state.step % self.recipe.logging.every == 0 or state.stage_step == self.total_steps) and not rewound:
             self._log(result, optimizer.param_groups[0]["lr"])
         if not rewound:
@@ -110,12 +114,19 @@ class Stage(L.LightningModule):
         if result.stop or state.stage_step >= self.total_steps:
             self.trainer.should_stop = True
 
+    def _tell_memory(self) -> None:
+        """Once, when the first update has made the optimizer's state. Collective."""
+        self.measured = True
+        (total,) = self.world.sum([state_bytes(self.ready_optimizer)])
+        self.hooks.fact({"stage": self.state.stage, "optimizer_state_bytes": total})
+
     def _log(self, result: Any, lr: float) -> None:
         now, (then, tokens) = time.perf_counter(), self.since
         self.since = (now, self.state.tokens)
         values = {
             "stage": self.state.stage,
             "tokens": self.state.tokens,
+            "seconds": self.state.seconds,
             **loss_values(result),
             "lr": lr,
             "grad_norm": float(result.grad_norm),
