@@ -23,12 +23,11 @@ from adapt.console import say
 from adapt.distributed import checkpoint
 from adapt.distributed.world import place_of_its_own
 from adapt.errors import Problem, StopRequested, UserError
-from adapt.runfolder import RunFolder
+from adapt.runfolder import ARMS, RunFolder
 from adapt.train.mixing import total_steps
 from adapt.train.signals import SIGNALS
 from adapt.train.state import State
 
-RECIPE, PAGE = "recipe.yaml", "comparison.html"
 BEGAN = "ADAPT_BEGAN"
 """Environment variable: when the command began, on the monotonic clock; `trainer.max_time` is for all arms together."""
 STOPPED = StopRequested.exit_code
@@ -117,17 +116,17 @@ def _recipe_file(resolved: Resolved, folder: Path) -> Path:
     """The recipe as it is now, for the arms to be made from: the user's file may change while they run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{RECIPE}.partial"
+        partial = folder / f".{ARMS}.partial"
         partial.write_text(resolved.to_yaml(), encoding="utf-8")
-        os.replace(partial, folder / RECIPE)
+        os.replace(partial, folder / ARMS)
     except OSError as error:
         raise UserError(Problem("run.dir", f"{folder} cannot be written: {error.strerror}")) from None
-    return folder / RECIPE
+    return folder / ARMS
 
 
 def _copy(resolved: Resolved, stack: ExitStack) -> Path:
     """The same for a rank that writes nothing into the run folder and cannot know when rank 0 has."""
-    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / RECIPE
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / ARMS
     file.write_text(resolved.to_yaml(), encoding="utf-8")
     return file
 
@@ -135,9 +134,8 @@ def _copy(resolved: Resolved, stack: ExitStack) -> Path:
 def _compare(resolved: Resolved, folder: Path, main: bool) -> Path | None:
     from adapt.report import build
 
-    runs = [path for arm in resolved.arms.values() if (path := _folder(arm) / "metrics.jsonl").is_file()]
-    runs = [path.parent for path in runs]
-    return build(runs[0], runs[1:], folder / PAGE) if runs and main else None
+    begun = any((_folder(arm) / "metrics.jsonl").is_file() for arm in resolved.arms.values())
+    return build(folder, [], None) if begun and main else None
 
 
 def _tell(main: bool, text: str) -> None:

@@ -17,7 +17,9 @@ import yaml
 from adapt.config import load, resolve
 from adapt.config.text import read_yaml
 from adapt.errors import StopRequested, UserError
-from adapt.train.arms import PAGE, RECIPE, fit_arms, is_done
+from adapt.runfolder import ARMS as RECIPE
+from adapt.runfolder import COMPARISON
+from adapt.train.arms import fit_arms, is_done
 from adapt.train.fit import fit
 from adapt.train.validate import check, problems
 from tests.recipes import tiny_recipe
@@ -165,15 +167,15 @@ def test_every_arm_is_a_run_and_one_page_compares_them(recipe, tmp_path, capsys)
         kept = [line["optimizer_state_bytes"] for line in lines if "optimizer_state_bytes" in line]
         assert len(kept) == 1, "told once"
     assert losses(folder / "low")[1] == losses(folder / "high")[1], "the same data, from the same start"
-    html = (folder / PAGE).read_text()
+    html = (folder / COMPARISON).read_text()
     section = html[html.index('<section id="arms">') :]
     section = section[: section.index("</section>")]
     for axis in ("optimizer steps", "training tokens", "seconds of training"):
         assert f"loss against {axis}" in section
         assert f"bpb/held-out against {axis}" in section
     for name in ARMS:
-        assert re.search(rf"</span>{name}</td>.*MiB", section)
-    assert str(folder / PAGE) in capsys.readouterr().out
+        assert re.search(rf"</span>{name}</span></td>.*MiB", section)
+    assert str(folder / COMPARISON) in capsys.readouterr().out
     assert resolve(read_yaml((folder / RECIPE).read_text())).arms.keys() == ARMS.keys()
     with pytest.raises(UserError) as error:
         fit_arms(resolve(recipe), start=here)
@@ -267,7 +269,7 @@ def test_from_the_command_line_with_ctrl_c(file, tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "tiny" / PAGE).is_file()
+    assert (tmp_path / "runs" / "tiny" / COMPARISON).is_file()
     assert all((tmp_path / "runs" / "tiny" / name / "export").is_dir() for name in ARMS)
 
 

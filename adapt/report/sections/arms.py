@@ -12,6 +12,7 @@ from adapt.report.data import RunData, is_number, number
 from adapt.report.drawing import QUIET, drawing
 from adapt.report.sections.curves import smooth
 from adapt.report.sections.forgetting import table
+from adapt.report.sections.pareto import rate
 
 AXES = {"step": "optimizer steps", "tokens": "training tokens", "seconds": "seconds of training"}
 LAST = 0.1
@@ -20,7 +21,7 @@ LAST = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class ArmsConfig:
-    order: int = 12
+    order: int = 5
     """Place on the page; lower comes first."""
     title: str = "Against steps, tokens and seconds"
     """Heading."""
@@ -47,7 +48,7 @@ def arms(config: ArmsConfig):
 NOTE = (
     '<p class="quiet">Seconds are those of training steps, without evaluation and checkpoints. The training loss is '
     f"smoothed; in the table it is the mean over the last {LAST:.0%} of the steps. Optimizer state is measured after the "
-    "first update, over all ranks.</p>"
+    "first update, over all ranks, and given as a multiple of the first arm's, too.</p>"
 )
 
 
@@ -103,22 +104,19 @@ def short(tokens: float) -> str:
 
 def _table(runs: list[RunData], metric: str | None) -> str:
     heads = ["arm", "optimizer", "lr"]
-    heads += [f"{metric.removeprefix('eval/')}, end", "best", "at step"] if metric else []
-    heads += ["training loss, end", "tokens/s", "training", "optimizer state", f"of {runs[0].name}'s"]
+    heads += [f"{metric.removeprefix('eval/')}, end", "best"] if metric else []
+    heads += ["training loss, end", "tokens/s", "training", "optimizer state"]
     return table(heads, [_row(run, runs[0], metric) for run in runs], 2)
 
 
 def _row(run: RunData, first: RunData, metric: str | None) -> list[str]:
     dot = f'<span class="dot" style="background:{run.colour}"></span>'
-    cells = [
-        dot + escape(run.name),
-        escape(str(run.setting("optimizer.name") or "")),
-        number(run.setting("optimizer.lr")),
-    ]
+    name = f'<span style="white-space:nowrap">{dot}{escape(run.name)}</span>'
+    cells = [name, escape(str(run.setting("optimizer.name") or "")), rate(run)]
     if metric:
         points = run.points(metric)
         step, best = min(points, key=lambda point: point[1])
-        cells += [number(points[-1][1]), number(best), number(step)]
+        cells += [number(points[-1][1]), f"{number(best)} at {number(step)}"]
     losses = [value for _, value in run.points("loss")]
     tail = losses[-max(1, round(LAST * len(losses))) :]
     cells.append(number(sum(tail) / len(tail)) if tail else "")
@@ -127,10 +125,14 @@ def _row(run: RunData, first: RunData, metric: str | None) -> list[str]:
     timed = is_number(seconds) and seconds > 0
     cells.append(number(round(tokens / seconds)) if timed and is_number(tokens) else "")
     cells.append(duration(seconds) if timed else "")
-    state, reference = run.optimizer_state_bytes, first.optimizer_state_bytes
-    cells.append(f"{state / 2**20:,.1f} MiB" if state is not None else "")
-    cells.append("" if run is first or state is None or not reference else f"{state / reference:.2f} x")
-    return cells
+    return [*cells, _state(run.optimizer_state_bytes, first.optimizer_state_bytes)]
+
+
+def _state(kept: int | None, reference: int | None) -> str:
+    """What it kept, and as a multiple of what the first arm did."""
+    if kept is None:
+        return ""
+    return f"{kept / 2**20:,.1f} MiB" + (f" ({kept / reference:.2f} x)" if reference else "")
 
 
 def duration(seconds: float) -> str:
