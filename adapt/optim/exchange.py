@@ -37,8 +37,8 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the rows of a parameter lie over ranks: contiguous chunks of ceil(m / shards) rows, the last ones short or empty."""
+class Grid:
+    """The replica x shard ranks that hold a parameter, its rows over the shards: contiguous chunks of ceil(m / shards) rows, the last ones short or empty."""
 
     shards: int = 1
     shard: int = 0
@@ -48,7 +48,7 @@ class Layout:
     across_replicas: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, parameter: Tensor) -> Layout:
+    def of(cls, parameter: Tensor) -> Grid:
         """Of a plain tensor or a DTensor that FSDP2 made: Shard(0) over one mesh axis, Replicate over at most one more.
 
         Raises NotImplementedError for other placements (tensor parallelism, strided shards).
@@ -56,7 +56,7 @@ class Layout:
         if not isinstance(parameter, DTensor):
             return cls()
         mesh, given = parameter.device_mesh, parameter.placements
-        rows = [axis for axis, placement in enumerate(given) if placement == Shard(0)]
+        rows = [axis for axis, placement in enumerate(given) if type(placement) is Shard and placement.dim == 0]
         copies = [axis for axis, placement in enumerate(given) if placement == Replicate()]
         if len(rows) + len(copies) != len(given) or len(rows) > 1 or len(copies) > 1:
             raise NotImplementedError(
@@ -109,27 +109,29 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Of one bucket: k matrices of m x n, in the order of their owners' list."""
+    """Of one bucket: k matrices of the same shape."""
 
-    layout: Layout
+    grid: Grid
     owners: tuple[int, ...]
-    m: int
+    """Of each matrix, one of `grid.ranks`."""
+    heights: tuple[int, ...]
+    """Rows that each shard has of every matrix; any numbers (a fused weight's blocks start anywhere)."""
     n: int
     traffic: Traffic
 
     @property
     def mine(self) -> list[int]:
         """The matrices this rank owns."""
-        return [i for i, owner in enumerate(self.owners) if owner == self.layout.rank]
+        return [i for i, owner in enumerate(self.owners) if owner == self.grid.rank]
 
     def to_owners(self, rows: list[Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
         """Start sending this rank's `rows` of all k matrices, k x [rows, n], cast to `dtype`. The call of what is returned
-        waits for them and gives the whole matrices of `mine`, [len(mine), m, n]."""
-        if self.layout.ranks == 1:
-            return lambda: torch.stack(rows).to(dtype) if rows else torch.empty(0, self.m, self.n, dtype=dtype)
-        heights, held = self.layout.rows(self.m), self._held
+        waits for them and gives the whole matrices of `mine`, [len(mine), sum(heights), n]."""
+        if self.grid.ranks == 1:
+            return lambda: torch.stack(rows).to(dtype)
+        heights, held = self.heights, self._held
         order = [i for shard in held for i in shard]
-        own = heights[self.layout.shard]
+        own = heights[self.grid.shard]
         outgoing = rows[0].new_empty(len(order), own, self.n, dtype=dtype)
         for place, i in enumerate(order):
             outgoing[place].copy_(rows[i])
@@ -148,11 +150,11 @@ class Exchange:
         return finish
 
     def to_rows(self, whole: Tensor) -> list[Tensor]:
-        """The way back: results of `mine` [len(mine), m, n] to this rank's rows of all k, k x [rows, n]."""
-        if self.layout.ranks == 1:
+        """The way back: results of `mine` [len(mine), sum(heights), n] to this rank's rows of all k, k x [rows, n]."""
+        if self.grid.ranks == 1:
             return list(whole.unbind())
-        heights, held = self.layout.rows(self.m), self._held
-        own, count = heights[self.layout.shard], len(self.mine)
+        heights, held = self.heights, self._held
+        own, count = heights[self.grid.shard], len(self.mine)
         outgoing = torch.cat([part.reshape(-1) for part in whole.split(heights, dim=1)])
         arrived, work = self._all_to_all(
             outgoing, [count * height * self.n for height in heights], [len(shard) * own * self.n for shard in held]
@@ -161,30 +163,30 @@ class Exchange:
             work.wait()
         order = [i for shard in held for i in shard]
         rows = dict(zip(order, arrived.view(len(order), own, self.n).unbind(), strict=True))
-        if self.layout.replicas > 1:
+        if self.grid.replicas > 1:
             rows = self._from_replicas(arrived, own)
         return [rows[i] for i in range(len(self.owners))]
 
     @property
     def _held(self) -> list[list[int]]:
         """The matrices owned by each shard of this replica."""
-        first = self.layout.replica * self.layout.shards
+        first = self.grid.replica * self.grid.shards
         return [
-            [i for i, owner in enumerate(self.owners) if owner == first + shard] for shard in range(self.layout.shards)
+            [i for i, owner in enumerate(self.owners) if owner == first + shard] for shard in range(self.grid.shards)
         ]
 
     def _all_to_all(self, outgoing: Tensor, out: list[int], into: list[int]):
         arrived = outgoing.new_empty(sum(into))
-        if self.layout.shards == 1:
+        if self.grid.shards == 1:
             return arrived.copy_(outgoing.view(-1)), None
-        leaving = sum(out) - out[self.layout.shard]
+        leaving = sum(out) - out[self.grid.shard]
         self.traffic.add("all_to_all", leaving * outgoing.element_size())
-        group = self.layout.across_shards
+        group = self.grid.across_shards
         return arrived, dist.all_to_all_single(arrived, outgoing.view(-1), into, out, group=group, async_op=True)
 
     def _from_replicas(self, arrived: Tensor, own: int) -> dict[int, Tensor]:
         """Rows that other replicas' owners have worked out: an all-gather, padded to the most any replica has."""
-        shards, replicas = self.layout.shards, self.layout.replicas
+        shards, replicas = self.grid.shards, self.grid.replicas
         order = [
             [i for rank in range(r * shards, (r + 1) * shards) for i, owner in enumerate(self.owners) if owner == rank]
             for r in range(replicas)
@@ -194,5 +196,5 @@ class Exchange:
         padded[: arrived.numel()] = arrived
         gathered = arrived.new_empty(replicas, most, own, self.n)
         self.traffic.add("all_gather", (replicas - 1) * padded.numel() * padded.element_size())
-        dist.all_gather_single(gathered.view(-1), padded, group=self.layout.across_replicas)
+        dist.all_gather_single(gathered.view(-1), padded, group=self.grid.across_replicas)
         return {i: gathered[r, place] for r in range(replicas) for place, i in enumerate(order[r])}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from adapt.optim.exchange import Exchange, Layout, Traffic, assign
+from adapt.optim.exchange import Exchange, Grid, Traffic, assign
 from tests.ranks import on_ranks
 
 SHAPES = [(8, 4), (12, 5), (7, 3), (3, 6), (1, 4)]
@@ -29,13 +29,13 @@ def test_rows_are_the_chunks_of_dtensor():
     for m in range(20):
         for shards in range(1, 6):
             expected = [len(c) for c in torch.arange(m).chunk(shards)]
-            assert Layout(shards=shards).rows(m) == (expected + [0] * shards)[:shards] if m else [0] * shards
+            assert Grid(shards=shards).rows(m) == (expected + [0] * shards)[:shards] if m else [0] * shards
 
 
 def test_one_process_exchanges_nothing():
     whole = [torch.randn(6, 4) for _ in range(3)]
     traffic = Traffic()
-    exchange = Exchange(Layout.of(whole[0]), (0, 0, 0), 6, 4, traffic)
+    exchange = Exchange(Grid.of(whole[0]), (0, 0, 0), (6,), 4, traffic)
     gathered = exchange.to_owners(whole, torch.float32)()
     assert torch.equal(gathered, torch.stack(whole))
     assert all(map(torch.equal, exchange.to_rows(gathered), whole))
@@ -56,9 +56,9 @@ def round_trip(shard: int, replicate: int) -> None:
                 torch.manual_seed(k)
                 whole = [torch.randn(m, n).to(dtype) for _ in range(k)]
                 spread = [distribute_tensor(w, mesh, placements) for w in whole]
-                layout = Layout.of(spread[0])
-                assert (layout.shards, layout.replicas, layout.ranks) == (shard, replicate, ranks)
-                exchange = Exchange(layout, tuple(assign([1.0] * k, ranks)), m, n, Traffic())
+                grid = Grid.of(spread[0])
+                assert (grid.shards, grid.replicas, grid.ranks) == (shard, replicate, ranks)
+                exchange = Exchange(grid, tuple(assign([1.0] * k, ranks)), tuple(grid.rows(m)), n, Traffic())
                 gathered = exchange.to_owners([s.to_local() for s in spread], dtype)()
                 assert gathered.shape == (len(exchange.mine), m, n)
                 for one, i in zip(gathered, exchange.mine, strict=True):
@@ -74,11 +74,11 @@ def bytes_sent(shard: int) -> None:
     mesh = init_device_mesh("cpu", (shard,))
     m, n, k = 4 * shard, 6, 3 * shard
     rows = [distribute_tensor(torch.randn(m, n), mesh, [Shard(0)]).to_local() for _ in range(k)]
-    layout = Layout(shard, mesh.get_local_rank(), across_shards=mesh.get_group())
-    exchange = Exchange(layout, tuple(assign([1.0] * k, shard)), m, n, Traffic())
+    grid = Grid(shard, mesh.get_local_rank(), across_shards=mesh.get_group())
+    exchange = Exchange(grid, tuple(assign([1.0] * k, shard)), tuple(grid.rows(m)), n, Traffic())
     exchange.to_rows(exchange.to_owners(rows, torch.bfloat16)())
     assert exchange.traffic.sent == {"all_to_all": k * 4 * m * n * (shard - 1) / shard**2}
-    layout.all_reduce(torch.zeros(10), exchange.traffic)
+    grid.all_reduce(torch.zeros(10), exchange.traffic)
     assert exchange.traffic.sent["all_reduce"] == 2 * (shard - 1) / shard * 40
 
 
@@ -94,7 +94,7 @@ def on_four() -> None:
     bytes_sent(4)
     unknown = distribute_tensor(torch.randn(8, 8), init_device_mesh("cpu", (4,)), [Shard(1)])
     with pytest.raises(NotImplementedError, match="sharded by rows"):
-        Layout.of(unknown)
+        Grid.of(unknown)
 
 
 @pytest.mark.parametrize(("ranks", "function"), [(2, on_two), (4, on_four)])
