@@ -20,6 +20,7 @@ from adapt.distributed import checkpoint
 from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
+from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
@@ -126,6 +127,7 @@ class _Run:
         optimizer = recipe.optimizer.build(self.root.student)
         if isinstance(optimizer, Suite):
             self._say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
+        following = Following(optimizer, recipe)
         frozen = FrozenRows(self.root.student, recipe.trainable)
         frozen.guard(optimizer)
         if recipe.optimizer_state == "keep" and before is not None:  # the groups (lr, decay) are this stage's own
@@ -176,7 +178,7 @@ class _Run:
             objective=objective,
             optimizer=optimizer,
             frozen=frozen,
-            multiplier=recipe.schedule.build(),
+            following=following,
             stream=stream,
             recipe=recipe,
             state=state,
