@@ -103,6 +103,16 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
+def share(work: Sequence[tuple[Grid, float]]) -> list[int]:
+    """An owner for each matrix, given where it lies and what it costs: among the ranks of its own grid."""
+    owners = [0] * len(work)
+    for grid in dict.fromkeys(grid for grid, _ in work):
+        places = [i for i, (of, _) in enumerate(work) if of == grid]
+        for i, owner in zip(places, assign([work[i][1] for i in places], grid.ranks), strict=True):
+            owners[i] = owner
+    return owners
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Of one bucket: k matrices of the same shape."""
@@ -121,9 +131,10 @@ class Exchange:
 
     def to_owners(self, rows: list[Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
         """Start sending this rank's `rows` of all k matrices, k x [rows, n], cast to `dtype`. The call of what is returned
-        waits for them and gives the whole matrices of `mine`, [len(mine), sum(heights), n]."""
+        waits for them and gives the whole matrices of `mine`, [len(mine), sum(heights), n]; with one rank perhaps the
+        rows themselves."""
         if self.grid.ranks == 1:
-            return lambda: torch.stack(rows).to(dtype)
+            return lambda: (rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)).to(dtype)
         heights, held = self.heights, self._held
         order = [i for shard in held for i in shard]
         own = heights[self.grid.shard]
