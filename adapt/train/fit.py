@@ -19,6 +19,7 @@ from adapt.distributed import checkpoint
 from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
+from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
@@ -118,11 +119,12 @@ class _Run:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
+        if isinstance(optimizer, Suite):
+            self._say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
         frozen = FrozenRows(self.root.student, recipe.trainable)
         frozen.guard(optimizer)
         if recipe.optimizer_state == "keep" and before is not None:  # the groups (lr, decay) are this stage's own
-            trained = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
-            optimizer.state.update({p: before.state[p] for p in trained})
+            adopt(optimizer, before)
         if self.resume_from:
             afresh = state.stage_step == 0 and recipe.optimizer_state == "reset"  # it holds the stage before's moments
             checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)

@@ -14,6 +14,7 @@ from adapt.config.schema import Recipe
 from adapt.distributed import checkpoint
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
+from adapt.optim.suite import restart
 from adapt.runfolder import RunFolder
 from adapt.train.progress import Progress
 from adapt.train.signals import StopFlag
@@ -175,7 +176,7 @@ class Hooks:
             before.stage_step == 0 and self.recipe.optimizer_state == "reset"
         )  # it holds the stage before's moments
         if afresh:
-            self.optimizer.state.clear()
+            restart(self.optimizer)
         checkpoint.load(saved[-1], self.root, None if afresh else self.optimizer)
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip
