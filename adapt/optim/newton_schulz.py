@@ -96,12 +96,22 @@ def _product(x: Tensor, y: Tensor, *, plus: Tensor | None = None, beta: float = 
     return done.unflatten(0, lead)
 
 
-def symmetric(x: Tensor, y: Tensor, *, plus: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """alpha XY + beta `plus`, which is known to be symmetric: on the CPU its upper blocks are copied, not computed."""
+def symmetric(
+    x: Tensor,
+    y: Tensor,
+    *,
+    plus: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """alpha XY + beta `plus`, which is known to be symmetric: on the CPU its upper blocks are copied, not computed. Into
+    `out` if given, which may be `plus`."""
     p = x.size(-2)
     if x.ndim > 2 or x.device.type != "cpu" or p < 2 * BLOCK:
-        return _product(x, y, plus=plus, beta=beta, alpha=alpha)
-    out = x.new_empty(p, p)
+        made = _product(x, y, plus=plus, beta=beta, alpha=alpha)
+        return made if out is None else out.copy_(made)
+    out = x.new_empty(p, p) if out is None else out
     for start in range(0, p, BLOCK):
         end = min(start + BLOCK, p)
         below = out[start:end, :end]

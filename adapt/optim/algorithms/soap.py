@@ -27,6 +27,8 @@ from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts, Piece
 from adapt.optim.newton_schulz import symmetric
 
+ALONE = True
+"""On the CPU, one matrix at a time where it is whole: batched products are slower there."""
 CHUNK_BYTES = 2**28
 """Of float32 gradients, moments and bases that one rank holds whole at once."""
 LEFT, RIGHT = ("cov_left", "basis_left"), ("cov_right", "basis_right")
@@ -134,8 +136,8 @@ def _step_all(here: list[Matrix], group: dict[str, Any]) -> None:
         first = bucket[0]
         each = 4 * (4 * first.m * first.n + 2 * first.m**2 + 2 * first.n**2)
         size = max(1, CHUNK_BYTES * first.grid.ranks // each)
-        if first.held["value"].device.type == "cpu" and first.grid.ranks == 1:
-            size = 1  # batched products are slower there
+        if ALONE and first.held["value"].device.type == "cpu" and first.grid.ranks == 1:
+            size = 1
         for start in range(0, len(bucket), size):
             _step_chunk(bucket[start : start + size], group)
 
@@ -150,15 +152,20 @@ def _step_chunk(items: list[Matrix], group: dict[str, Any]) -> None:
     coming = {
         key: exchange.to_owners([one.held[key] for one in items], torch.float32)
         for key, exchange in exchanges.items()
-        if key != "value" and (first.calls or key == "gradient")
+        if key != "value"
     }
     whole = {key: arrive() for key, arrive in coming.items()}
-    if first.calls == 0:
-        whole |= _bases(whole["gradient"], items[0].held, group)
-        update, changed = None, [key for key in whole if key != "gradient"]
-    else:
-        update, changed = _step_whole(whole, first.calls, group)
-    for key in changed:
+    alone = ALONE and first.held["value"].device.type == "cpu"
+    batches = [slice(i, i + 1) for i in range(len(whole["gradient"]))] if alone else [slice(None)]
+    update = torch.empty_like(whole["gradient"]) if first.calls else None
+    for batch in batches:
+        views = {key: tensor[batch] for key, tensor in whole.items()}
+        if update is None:
+            _make_bases(views, group)
+        else:
+            update[batch] = _step_whole(views, first.calls, group)
+    turned = first.calls % group["precondition_frequency"] == 0  # the first step included
+    for key in whole.keys() - {"gradient", *(() if turned else ("basis_left", "basis_right"))}:
         _put([one.held[key] for one in items], exchanges[key].to_rows(whole[key]))
     if update is not None:
         values = [one.held["value"] for one in items]
@@ -174,56 +181,49 @@ def _put(rows: list[Tensor], results: list[Tensor]) -> None:
             row.copy_(result)
 
 
-def _outer(g: Tensor, side: str, plus: Tensor | None, beta: float) -> Tensor:
-    """beta `plus` + (1 - beta) GG' or G'G."""
-    x = g if side == "left" else g.mT
-    plus = g.new_zeros(x.size(-2), x.size(-2)).expand(*g.shape[:-2], -1, -1) if plus is None else plus
-    alone = g.size(0) == 1  # a single product is by blocks on the CPU
-    x, plus = (x[0], plus[0]) if alone else (x, plus)
-    made = symmetric(x, x.mT, plus=plus, beta=beta, alpha=1 - beta)
-    return made.unsqueeze(0) if alone else made
+def _sides(whole: dict[str, Tensor]) -> list[str]:
+    return [side for side in ("left", "right") if f"cov_{side}" in whole]
 
 
-def _decay(group: dict[str, Any]) -> float:
-    return group["beta2"] if group["shampoo_beta"] is None else group["shampoo_beta"]
+def _accumulate(whole: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """L, R with this gradient."""
+    g, beta = whole["gradient"], group["beta2"] if group["shampoo_beta"] is None else group["shampoo_beta"]
+    for side in _sides(whole):
+        x, cov = g if side == "left" else g.mT, whole[f"cov_{side}"]
+        if g.size(0) == 1:  # a single product is by blocks on the CPU
+            x, cov = x[0], cov[0]
+        symmetric(x, x.mT, plus=cov, beta=beta, alpha=1 - beta, out=cov)
 
 
-def _bases(g: Tensor, held: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+def _make_bases(whole: dict[str, Tensor], group: dict[str, Any]) -> None:
     """The first step: L, R of the first gradient and their eigenvectors, largest eigenvalue first."""
-    made = {}
-    for side in ("left", "right"):
-        if f"cov_{side}" in held:
-            cov = _outer(g, side, None, _decay(group))
-            made |= {f"cov_{side}": cov, f"basis_{side}": torch.linalg.eigh(cov).eigenvectors.flip(-1)}
-    return made
+    _accumulate(whole, group)
+    for side in _sides(whole):
+        whole[f"basis_{side}"].copy_(torch.linalg.eigh(whole[f"cov_{side}"]).eigenvectors.flip(-1))
 
 
-def _step_whole(whole: dict[str, Tensor], t: int, group: dict[str, Any]) -> tuple[Tensor, list[str]]:
+def _step_whole(whole: dict[str, Tensor], t: int, group: dict[str, Any]) -> Tensor:
     """Adam's step number `t` in the basis, then the preconditioners: changes `whole`, [k, m, n] and [k, m, m], in place.
 
-    Returns what is to be added to the weights, and which entries have changed.
+    Returns what is to be added to the weights.
     """
     beta1, beta2 = group["beta1"], group["beta2"]
-    g, mean, square = (whole[key] for key in ("gradient", "exp_avg", "exp_avg_sq"))
-    turned = _rotate(g, whole)
+    mean, square = whole["exp_avg"], whole["exp_avg_sq"]
+    turned = _rotate(whole["gradient"], whole)
     mean.lerp_(turned, 1 - beta1)
     square.mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
     update = _rotate(mean / square.sqrt().add_(group["eps"]), whole, back=True)
     update *= -group["lr"] * ((1 - beta2**t) ** 0.5 / (1 - beta1**t))
-    sides = [side for side in ("left", "right") if f"cov_{side}" in whole]
-    for side in sides:
-        whole[f"cov_{side}"] = _outer(g, side, whole[f"cov_{side}"], _decay(group))
-    changed = ["exp_avg", "exp_avg_sq", *(f"cov_{side}" for side in sides)]
+    _accumulate(whole, group)
     if t % group["precondition_frequency"] == 0:
         plain = _rotate(mean, whole, back=True)
-        for side in sides:
-            whole[f"basis_{side}"], order = _power(whole[f"cov_{side}"], whole[f"basis_{side}"])
-            along = -2 if side == "left" else -1
-            order = order.unsqueeze(-1 if side == "left" else -2).expand_as(square)
-            square.copy_(square.gather(along, order))
+        for side in _sides(whole):
+            basis, order = _power(whole[f"cov_{side}"], whole[f"basis_{side}"])
+            whole[f"basis_{side}"].copy_(basis)
+            along, across = (-2, -1) if side == "left" else (-1, -2)
+            square.copy_(square.gather(along, order.unsqueeze(across).expand_as(square)))
         mean.copy_(_rotate(plain, whole))
-        changed += [f"basis_{side}" for side in sides]
-    return update, changed
+    return update
 
 
 def _rotate(x: Tensor, whole: dict[str, Tensor], back: bool = False) -> Tensor:
