@@ -257,7 +257,7 @@ class Chunk:
         """P'P [k, r, r] and |H|^2 [k], in one message."""
         both = torch.cat([(p.mT @ p).flatten(1), (h * h).sum((1, 2)).unsqueeze(1)], dim=1)
         both = self._total(both)
-        return both[:, :-1].view(-1, self.r, self.r), both[:, -1]
+        return both[:, :-1].unflatten(1, (self.r, self.r)), both[:, -1]
 
     def _keep(self, u: Tensor, s: Tensor, v: Tensor) -> None:
         for name, values in (("basis", u), ("cov", s), ("second", v)):
