@@ -16,7 +16,7 @@ EXTRA = 16
 PASSES = 2
 """Power passes of the range finder."""
 INERTIA = 1e-3
-"""Of the old basis in what Cholesky QR factors, relative to a usual column: keeps a rank-deficient product regular."""
+"""Of the old basis in what Cholesky QR factors, relative to each column: keeps a rank-deficient product regular."""
 SHIFT = 1e-6
 """Added to the diagonal of the first Gram matrix, whose columns have norm one."""
 
@@ -43,8 +43,10 @@ def orth(y: Tensor, old: Tensor, how: str) -> Tensor:
         q, r = torch.linalg.qr(y)
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(y.dtype)
         return torch.where(y.abs().amax(dim=(-2, -1), keepdim=True) > 0, q * signs.unsqueeze(-2), old)
-    usual = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) / max(1, y.size(-1)) ** 0.5
-    y = y + torch.clamp(INERTIA * usual, min=1e-30) * old
+    largest = y.abs().amax(dim=-2, keepdim=True)
+    y = y / torch.where(largest > 0, largest, 1.0)  # or the squares of small gradients' products are zero
+    size = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    y = y / torch.where(size > 0, size, 1.0) + INERTIA * old
     y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True)
     for shift in (SHIFT, 0.0, 0.0):
         gram = y.mT @ y

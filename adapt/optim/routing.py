@@ -26,6 +26,8 @@ class Route:
     name: str
     parameter: nn.Parameter
     role: str
+    transposed: bool = False
+    """Stored as [in, out]."""
     pattern: int = -1
     """Number of the entry of `optimizer.groups` that claimed it; -1 for none."""
 
@@ -69,6 +71,7 @@ def route(config: GroupedConfig, model: nn.Module, special: bool) -> list[Route]
     embeddings among the matrices, parts that do not make up a fused weight.
     """
     of = roles(model)
+    flipped = {id(m.weight) for m in model.modules() if is_transposed(m)}
     problems: list[Problem] = []
     for index, group in enumerate(config.groups):
         if not fnmatch.filter(of, group.match):
@@ -85,9 +88,10 @@ def route(config: GroupedConfig, model: nn.Module, special: bool) -> list[Route]
         if len(claims) > 1:
             others = " and ".join(f"groups[{i}]" for i in claims)
             problems.append(Problem(f"optimizer.groups[{claims[1]}].match", f"{name} is claimed by {others}; keep one"))
-        one = Route(name, parameter, of[name], claims[0] if claims else -1)
+        one = Route(name, parameter, of[name], id(parameter) in flipped, claims[0] if claims else -1)
         if claims:
             role = config.groups[claims[0]].role or one.role
+            one = replace(one, transposed=one.transposed or config.groups[claims[0]].transposed)
             problems += _forced(config, one, role, special)
             one = replace(one, role=role)
         routes.append(one)
@@ -119,7 +123,7 @@ def _forced(config: GroupedConfig, one: Route, role: str, special: bool) -> Iter
     if (group.split or group.transposed) and (role != "matrix" or parameter.ndim < 2):
         what = f"{one.name} is no matrix here (its role is {role}); split and transposed are for matrices"
         yield Problem(where, what)
-    elif group.split and sum(group.split) != (rows := parameter.shape[-1 if group.transposed else -2]):
+    elif group.split and sum(group.split) != (rows := parameter.shape[-1 if one.transposed else -2]):
         what = f"{list(group.split)} are {sum(group.split):,} rows, and {one.name} has {rows:,}"
         yield Problem(f"{where}.split", what)
 
@@ -131,7 +135,6 @@ def param_groups(
 
     `adamw` is everything but the matrices' (`algorithm` and its own numbers), `matrix` the matrices'; null: AdamW too.
     """
-    transposed = {id(m.weight) for m in model.modules() if is_transposed(m)}
     found: dict[tuple, dict[str, Any]] = {}
     for one in sorted(route(config, model, matrix is not None), key=lambda r: ROLES.index(r.role)):
         named = config.groups[one.pattern] if one.pattern >= 0 else None
@@ -143,8 +146,7 @@ def param_groups(
             decay = 0.0 if spared else config.weight_decay
         layout = {}
         if one.role == "matrix" and matrix is not None:
-            flipped = id(one.parameter) in transposed or bool(named and named.transposed)
-            layout = {"split": named.split if named else (), "transposed": flipped}
+            layout = {"split": named.split if named else (), "transposed": one.transposed}
         own = matrix if one.role == "matrix" and matrix is not None else adamw
         key = (one.role, one.pattern, lr, decay, *layout.values())
         if key not in found:
@@ -161,10 +163,19 @@ def table(groups: list[dict[str, Any]]) -> str:
     for group in groups:
         elements = sum(p.numel() for p in group["params"])
         first = group["names"][0]
-        notes = group.get("notes", "")
+        notes = _clamped(group)
         rows.append(
             (group["role"], group["algorithm"], f"{group['lr']:g}", f"{group['weight_decay']:g}",
              str(len(group["params"])), f"{elements:,}", f"{first}{notes}")
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _clamped(group: dict[str, Any]) -> str:
+    """A rank that is larger than some matrices have."""
+    rank = group.get("rank", 0)
+    sides = [min(p.shape[-2:]) for p in group["params"] if p.ndim > 1]
+    if not isinstance(rank, int) or not sides or min(sides) >= rank:
+        return ""
+    return f"; rank {min(sides)} to {min(rank, max(sides))} of {rank}, which is what they have"
