@@ -30,7 +30,8 @@ from adapt.train.state import State
 
 BEGAN = "ADAPT_BEGAN"
 """Environment variable: when the command began, on the monotonic clock; `trainer.max_time` is for all arms together."""
-STOPPED = StopRequested.exit_code
+STOPPED, LEFT = StopRequested.exit_code, 130
+"""Exit codes of a run that was asked to stop: saved, and by a second Ctrl-C."""
 
 Start = Callable[[Path, str, bool, int], int]
 """(recipe file, arm, whether it may go on, its number) -> exit code."""
@@ -62,6 +63,8 @@ def fit_arms(resolved: Resolved, resume: str = "no", start: Start | None = None)
                 raise StopRequested(
                     f"stopped in arm {name}; go on with --resume: the arms that are done stay as they are"
                 )
+            if code == LEFT:
+                return code
             if code:
                 failed[name] = code
                 _tell(main, f"arm {name} ended with exit code {code}; its message stands above")
