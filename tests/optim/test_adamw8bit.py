@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -20,7 +23,7 @@ from adapt.train.validate import problems
 from tests import tiny
 from tests.ranks import on_ranks
 from tests.recipes import tiny_recipe
-from tests.train.test_fit import assert_same_run, stop_after
+from tests.train.test_fit import ROOT, assert_same_run, stop_after
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
@@ -58,6 +61,13 @@ def test_compiled_steps_take_no_schedules(tmp_path, tiny_base):
     recipe = tiny_recipe(tiny_base, tmp_path, optimizer={"name": "adamw8bit", "compile": True})
     recipe["optimizer_schedules"] = {"beta1": {"schedule": "constant"}}
     assert "optimizer.compile" in {p.where for p in problems(resolve(recipe))}
+
+
+def test_an_installed_torchao_says_nothing_to_users():
+    pytest.importorskip("torchao")
+    code = "from adapt.cli import main; main(['recipes']); from transformers.models.llama import modeling_llama"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
