@@ -115,6 +115,23 @@ def test_close_to_adamw():
     torch.testing.assert_close(low.bias, full.bias, rtol=1e-5, atol=1e-7)  # too small to be quantised
 
 
+@pytest.mark.slow
+def test_compiled_is_the_same_step():
+    """But for the order of additions; the rate changes without another compilation."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    one, two = nn.Linear(128, 64, bias=False), nn.Linear(128, 64, bias=False)
+    two.load_state_dict(one.state_dict())
+    both = built(one, weight_decay=0.1), built(two, weight_decay=0.1, compile=True)
+    for step in range(4):
+        for model, optimizer in zip((one, two), both, strict=True):
+            gradients(model, step)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            optimizer.step()
+    torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 def test_learns_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
     pytest.importorskip("torchao")
     base = tiny.save_tiny(tmp_path / "base", attention_dropout=0.2, **WIDE)
