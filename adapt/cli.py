@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -16,9 +17,14 @@ from pathlib import Path
 from adapt import __version__
 from adapt.errors import RecipeError, StopRequested, UserError, nearest
 
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that speak up whenever torchao is installed and transformers looks for it: of kernels for other machines."""
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = _dispatch(argv)
         sys.stdout.flush()

@@ -23,6 +23,8 @@ from adapt.errors import Problem, UserError
 
 CONFIG, ENVIRONMENT, METRICS, LOG, DATA = "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "data.json"
 GRIDS = "grids.jsonl"
+ARMS, COMPARISON = "recipe.yaml", "comparison.html"
+"""In the folder around the runs of a recipe's arms: the recipe, resolved, and the page of all of them."""
 
 MAY_CHANGE = (
     "run.dir",

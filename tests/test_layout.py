@@ -159,7 +159,7 @@ def config_classes() -> dict[type, Path]:
 CHECKS = {PACKAGE / "train" / "rules.py", PACKAGE / "train" / "validate.py"}
 """Looking whether a value is allowed is not yet reading it."""
 ELEMENTS = {"Dataset": {"dataset", "d"}, "WeightPhase": {"phase"}, "Stop": {"rule"}}
-ELEMENTS |= {"Bound": {"bound", "b"}, "Interpolation": {"wanted"}}
+ELEMENTS |= {"Bound": {"bound", "b"}, "Interpolation": {"wanted"}, "HyperSchedule": {"wanted"}}
 """Names that the code gives to the entries of lists."""
 
 

@@ -10,10 +10,12 @@ from adapt.config import load, resolve, shipped_recipes
 from adapt.config.decode import encode
 from adapt.objectives.base import Facts
 from adapt.tokenization.vocabulary import Vocabulary
+from adapt.train.arms import fit_arms
 from adapt.train.fit import fit
 from adapt.train.validate import check
 from tests import tiny
 from tests.recipes import corpus, tiny_recipe
+from tests.train.test_arms import here
 
 CONTRACT = ("block_size", "prediction", "noisy_attention", "block_first")
 """Keys of an objective that decoding reads from the export."""
@@ -53,6 +55,31 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     facts = Facts(mask_token_id=config["mask_token_id"], vocabulary=vocabulary)
     promised = resolve(recipe).recipe.objective.build(facts).export_fields()
     assert config.items() >= {k: v for k, v in promised.items() if k != "threshold"}.items()
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if load(n).arms])
+def test_tiny_twins_of_all_arms_train_and_are_compared(name, tiny_base, tmp_path):
+    """Each arm with what it says about its optimizer, its objective and its length."""
+    shipped, recipe = load(name), tiny_recipe(tiny_base, tmp_path, objective="next_token", trainer={"steps": 3})
+    recipe |= {"generation": {}, "evaluation": {"suites": ["bpb"], "limit": 2}}
+    stated = shipped.plain["arms"]
+    recipe["arms"] = {
+        arm: {key: encode(getattr(resolved.recipe, key)) for key in stated[arm] if key not in ("trainer", "model")}
+        for arm, resolved in shipped.arms.items()
+    }
+    first = next(iter(shipped.arms.values())).recipe
+    recipe |= {key: encode(getattr(first, key)) for key in ("optimizer", "optimizer_schedules")}
+    for over in (recipe, *recipe["arms"].values()):
+        for wanted in over.get("optimizer_schedules", {}).values():
+            wanted["schedule"] = "linear"
+    assert fit_arms(resolve(recipe), start=here) == 0
+    folder = tmp_path / "runs" / "tiny"
+    assert (folder / "comparison.html").is_file()
+    for arm, resolved in shipped.arms.items():
+        lines = [json.loads(line) for line in (folder / arm / "metrics.jsonl").read_text().splitlines()]
+        assert [line["loss"] for line in lines if line.get("loss") is not None]
+        assert set(resolved.recipe.optimizer_schedules) <= {key for line in lines for key in line}
+        assert (folder / arm / "export" / "config.json").is_file()
 
 
 def sources(shipped: list[dict], folder, part: str) -> list[dict]:

@@ -188,6 +188,7 @@ def _problems(error: BaseException, where: str):
         step = ""
         for note in getattr(inner, "__notes__", ()):
             name, index = getattr(note, "name", None), getattr(note, "index", None)
+            name = index if isinstance(index, str) else name  # the key of a free section
             step = name if name is not None else f"[{index}]" if index is not None else step
         if isinstance(inner, KeyError):  # its own note repeats the missing key
             step = ""

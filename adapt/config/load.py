@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from adapt.config import arms
 from adapt.config.decode import decode, encode
 from adapt.config.merge import merge
 from adapt.config.schema import STAGE_SECTIONS, Recipe
@@ -27,6 +28,8 @@ class Resolved:
     stages: tuple[Recipe, ...]
     names: tuple[str, ...]
     plain: dict[str, Any]
+    arms: dict[str, Resolved] = field(default_factory=dict)
+    """Of a recipe with arms: each by its name. `stages` are then the first one's, for what all of them share."""
 
     @property
     def recipe(self) -> Recipe:
@@ -34,14 +37,19 @@ class Resolved:
         return self.stages[0]
 
     def to_yaml(self) -> str:
-        """The resolved recipe, defaults included; loading it again gives the same stages."""
+        """The resolved recipe, defaults included; loading it again gives the same stages and arms."""
+        return write_yaml(_literal(self._encoded()))
+
+    def _encoded(self) -> dict[str, Any]:
         base = encode(self.stages[0])
+        if self.arms:
+            return arms.printed({name: arm._encoded() for name, arm in self.arms.items()}, base["run"])
         if self.plain.get("stages"):
             base["stages"] = [
                 {"name": name} | {k: v for k in STAGE_SECTIONS if (v := encode(getattr(stage, k))) != base[k]}
                 for name, stage in zip(self.names, self.stages, strict=True)
             ]
-        return write_yaml(_literal(base))
+        return base
 
 
 def _literal(value: Any) -> Any:
@@ -82,12 +90,21 @@ def load(name: str, overrides: list[str] | None = None) -> Resolved:
             changes.append(override(item))
         except UserError as error:
             problems += error.problems
-    problems += _hidden_by_stages(data, [".".join(keys) for keys, _ in changes])
-    for keys, value in sorted(changes, key=lambda c: (len(c[0]), c[0][-1] != "name")):  # sections, names, then fields
-        for key in reversed(keys):
-            value = {key: value}
+    paths = [".".join(keys) for keys, _ in changes]
+    problems += _hidden_by_stages(data, paths)
+    for name, arm in arms.stated(data).items():
+        problems += [
+            Problem(p.where, p.what.replace("stages", f"arms.{name}.stages")) for p in _hidden_by_stages(arm, paths)
+        ]
+
+    def place(change: tuple[list[str], Any]) -> tuple[bool, int, bool]:
+        """Of all arms before of one; sections, names, then fields."""
+        keys, _ = change
+        return keys[0] in arms.KEYS, len(keys), keys[-1] != "name"
+
+    for keys, value in sorted(changes, key=place):
         try:
-            data = merge(data, value, Recipe)
+            data = arms.override(data, keys, value)
         except UserError as error:
             problems += error.problems
     if not problems:
@@ -148,7 +165,39 @@ def _interpolated(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(data: dict[str, Any]) -> Resolved:
-    """Plain data -> validated stages. Interpolations (`${data.seq_len}`) see each stage's own values."""
+    """Plain data -> validated stages (of each arm). Interpolations (`${data.seq_len}`) see each stage's own values."""
+    if not arms.has_arms(data):
+        return _resolve({k: v for k, v in data.items() if k not in arms.KEYS})
+    each, problems = arms.arms_of(data)
+    found: dict[str, list[Problem]] = {}
+    readable: dict[str, Resolved] = {}
+    for name, of_arm in each.items():
+        try:
+            readable[name], found[name] = _resolve(of_arm), []
+        except UserError as error:
+            found[name] = error.problems
+            if (rest := getattr(error, "readable", None)) is not None:
+                readable[name] = rest
+    whole = None
+    if readable:
+        first = next(iter(readable.values()))
+        whole = first if data.get("arm") is not None else Resolved(_together(first), first.names, data, readable)
+    if problems or any(found.values()):
+        raise RecipeError([*problems, *arms.gathered(found, data)], whole)
+    if whole is None:
+        raise UserError(Problem("arms", "every arm is left out; keep one, or train without arms: arms=null"))
+    return whole
+
+
+def _together(arm: Resolved) -> tuple[Recipe, ...]:
+    """An arm's stages as parts of the recipe's folder, not of the arm's."""
+    folder = Path(arm.recipe.run.dir)
+    run = replace(arm.recipe.run, dir=str(folder.parent), name=folder.name)
+    return tuple(replace(stage, run=run) for stage in arm.stages)
+
+
+def _resolve(data: dict[str, Any]) -> Resolved:
+    """One run: its stages."""
     stages = data.get("stages") or []
     base = {k: v for k, v in data.items() if k != "stages"}
     if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):

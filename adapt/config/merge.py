@@ -29,7 +29,10 @@ def merge(base: Any, over: Any, hint: Any = None, where: str = "") -> Any:
         return _elements(list(base or []), over, hint, where)
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return copy.deepcopy(over)
-    hints = _fields(hint, over.get("name", base.get("name")))
+    if typing.get_origin(hint) is dict:
+        hints = dict.fromkeys(over, typing.get_args(hint)[1])
+    else:
+        hints = _fields(hint, over.get("name", base.get("name")))
     merged = dict(base)
     for key, value in over.items():
         merged[key] = merge(base.get(key), value, hints.get(key), f"{where}.{key}" if where else key)
@@ -82,7 +85,7 @@ def _fields(hint: Any, name: Any) -> dict[str, Any]:
         except UnknownComponent:
             return {}
     if hint is Recipe:
-        return {**_hints(hint), "stages": list[Recipe]}
+        return {**_hints(hint), "stages": list[Recipe], "arms": dict[str, Recipe]}
     return _hints(hint) if dataclasses.is_dataclass(hint) else {}
 
 

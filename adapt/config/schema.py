@@ -171,6 +171,17 @@ class Trainable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HyperSchedule:
+    schedule: ScheduleChoice
+    """What it follows: any registered schedule, between 0 and 1 over the steps of the stage; `${schedule}` is the
+    learning rate's."""
+    at_zero: float = 0.0
+    """Its value where the schedule is at 0. Where it is at 1, it is what the optimizer's own key says; a 0 stays 0."""
+    roles: tuple[str, ...] = ()
+    """Only in the groups of these roles (`matrix`, `embedding`, ...); [] is all groups that have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
     shard: int | Literal["auto"] = "auto"
     """Ranks that share one copy of the model (FSDP2). `auto`: all ranks / replicate."""
@@ -298,7 +309,7 @@ class Generation:
 class Recipe:
     """One stage's complete configuration; a run is a list of one or more of these."""
 
-    OTHER_KEYS: ClassVar[tuple[str, ...]] = ("stages", "extends")
+    OTHER_KEYS: ClassVar[tuple[str, ...]] = ("stages", "arms", "arm", "extends")
     """Keys of a recipe file that are gone once it is resolved."""
 
     run: Run
@@ -310,6 +321,8 @@ class Recipe:
     trainable: Trainable = field(default_factory=Trainable)
     optimizer: OptimizerChoice
     schedule: ScheduleChoice
+    optimizer_schedules: dict[str, HyperSchedule] = field(default_factory=dict)
+    """Other numbers of the optimizer's groups (`weight_decay`, `momentum`, `beta1`, ...) that follow the step."""
     trainer: Trainer
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -324,6 +337,7 @@ STAGE_SECTIONS = (
     "objective",
     "optimizer",
     "schedule",
+    "optimizer_schedules",
     "data",
     "trainer",
     "trainable",
@@ -332,3 +346,16 @@ STAGE_SECTIONS = (
     "optimizer_state",
 )
 """Sections that an entry of `stages` may override."""
+
+ARM_SECTIONS = (
+    "model",
+    "objective",
+    "teacher",
+    "trainable",
+    "optimizer",
+    "schedule",
+    "optimizer_schedules",
+    "trainer",
+    "stages",
+)
+"""Sections that an entry of `arms` may override. Data, seed, evaluation and what is kept are the same in all."""

@@ -22,8 +22,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from adapt.distributed.world import World
 from adapt.errors import UserError
+from adapt.optim.suite import algorithms, restart
 
 STATE = "state.json"
+ALGORITHMS = "optimizer.json"
+"""Which algorithm has made each parameter's state: two of them may well use the same keys."""
 
 
 def save(
@@ -46,6 +49,7 @@ def save(
         partial.mkdir(parents=True, exist_ok=True)
         dcp.save(_tensors(root, optimizer), checkpoint_id=str(partial), no_dist=not world.grouped)
         if world.main:
+            _write(partial / ALGORITHMS, json.dumps(algorithms(root, optimizer), indent=1))
             _write(partial / STATE, json.dumps(state, indent=1))
     except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:
         error = str(failure)
@@ -86,12 +90,14 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -
         saved = reader.read_metadata().state_dict_metadata
         if not any(name.startswith("optimizer/") for name in saved):
             if optimizer is not None:
-                optimizer.state.clear()  # saved before its first step
+                restart(optimizer)  # saved before its first step
             optimizer = None
         tensors = _tensors(root, optimizer, filling=True)
         of = {n.rpartition("/")[0] for n in saved}
         thawed = {n for n in tensors if n.startswith("optimizer/") and n.rpartition("/")[0] not in of}
         tensors = {n: t for n, t in tensors.items() if n not in thawed}
+        if optimizer is not None:
+            _refuse_another(path, root, optimizer, tensors, saved)
         dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except (
         dcp.api.CheckpointException,
@@ -112,7 +118,32 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -
         set_optimizer_state_dict(root, optimizer, whole)
         for name, parameter in root.named_parameters():  # frozen when this was saved: it has no moments yet
             if any(n.startswith(f"optimizer/{name}/") for n in thawed):
-                optimizer.state.pop(parameter, None)
+                restart(optimizer, parameter)
+
+
+def _refuse_another(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, saved: dict) -> None:
+    """Raises UserError where a parameter's state was made by another algorithm, or has another shape."""
+    file = path / ALGORITHMS
+    wrote, wanted = json.loads(file.read_text()) if file.is_file() else {}, algorithms(root, optimizer)
+    where = f"the optimizer's state in {path}"
+    back = "Select that one again, or start a new run from the weights (model.base: the export)."
+    for name, algorithm in wanted.items():
+        prefix = f"optimizer/{name}/"
+        theirs = {n for n in saved if n.startswith(prefix)}
+        if not theirs:
+            continue  # frozen when this was saved
+        other = wrote.get(name, algorithm)
+        if other != algorithm or theirs != {n for n in tensors if n.startswith(prefix)}:
+            kind = repr(other) if other != algorithm else "another optimizer"
+            raise UserError(f"{where} was made by {kind}; {algorithm!r} cannot go on from it at {name}. {back}")
+        for key in sorted(theirs):
+            have, want = tuple(getattr(saved[key], "size", ())), tuple(tensors[key].shape)
+            if have != want:
+                entry = key.removeprefix(prefix)
+                raise UserError(
+                    f"{where} has a {entry} of {have} for {name}, and this recipe's {algorithm} needs {want}: its rank, "
+                    f"split or side was changed. Set it back, or start a new run from the weights."
+                )
 
 
 def read_state(path: Path) -> dict[str, Any]:

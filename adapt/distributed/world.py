@@ -122,6 +122,18 @@ def start(devices: int | str) -> World:
     return World(rank, local_rank, size, local_size, device, patient)
 
 
+def place_of_its_own(turn: int) -> dict[str, str]:
+    """Environment for the `turn`-th process that each rank of torchrun or srun starts in its own place, one after the
+    other: their ranks must not meet where those of the turn before did. Empty for a single process."""
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        _from_slurm()
+    if "WORLD_SIZE" not in os.environ:
+        return {}
+    # torchrun's own store keeps the addresses of the turn before, so rank 0 makes one
+    port = int(os.environ["MASTER_PORT"]) + 1 + turn
+    return {"MASTER_PORT": str(port if port < 2**16 else port - 2**15), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

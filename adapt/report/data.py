@@ -13,7 +13,7 @@ import yaml
 
 from adapt.config.text import read_yaml
 
-COLOURS = ("#3b78d8", "#e07b39", "#2e9e6b", "#b5519c", "#8a6d3b", "#5b6573")
+COLOURS = ("#3b78d8", "#e07b39", "#2e9e6b", "#b5519c", "#8a6d3b", "#5b6573", "#17a2b0", "#d2454a", "#8465d1", "#9a9a1f")
 """Readable on white and on black; a run keeps its colour all over the page."""
 
 
@@ -30,6 +30,8 @@ class RunData:
     """Logged steps, in order; of a step made twice (a rewind, a resume) the last."""
     evaluations: list[dict[str, Any]]
     """Lines with `eval/<metric>` keys."""
+    optimizer_state_bytes: int | None
+    """What the optimizer kept, over all ranks; of several stages the most."""
     grids: list[dict[str, Any]]
     """Tables of suites: `step`, and what `adapt.evaluate.grid.Grid` has; of a step evaluated twice the last."""
     samples: list[dict[str, Any]]
@@ -62,6 +64,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
     samples, manifest = _json(_text(path / "samples.json")), _json(_text(path / "data.json"))
     between = _json(_text(path / "interpolation.json"))
     environment = _json(_text(path / "environment.json"))
+    kept = [x["optimizer_state_bytes"] for x in lines if is_number(x.get("optimizer_state_bytes"))]
     tables = [x for x in map(_json, _text(path / "grids.jsonl").splitlines()) if _is_line(x)]
     return RunData(
         path=path,
@@ -71,6 +74,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
         environment=environment if isinstance(environment, dict) else {},
         train=_last_of_each([x for x in lines if "loss" in x]),
         evaluations=_last_of_each([x for x in lines if any(k.startswith("eval/") for k in x)]),
+        optimizer_state_bytes=max(kept, default=None),
         grids=list({(x["step"], x.get("suite")): x for x in tables}.values()),
         samples=[x for x in samples if isinstance(x, dict)] if isinstance(samples, list) else [],
         manifest=manifest if isinstance(manifest, dict) else {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -19,6 +20,8 @@ from adapt.distributed import checkpoint
 from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
+from adapt.optim.following import Following
+from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
@@ -36,10 +39,14 @@ from adapt.train.teacher import build_teacher
 
 
 def fit(resolved: Resolved, resume: str = "no") -> int:
-    """Train, evaluate, export and report. Returns the exit code 0; raises UserError (2) or StopRequested (75)."""
+    """Train, evaluate, export and report. Returns the exit code 0 (of arms, one that failed may have left another);
+    raises UserError (2) or StopRequested (75)."""
+    from adapt.train.arms import BEGAN, fit_arms
     from adapt.train.validate import check_or_raise
 
-    began = time.monotonic()
+    if resolved.arms:
+        return fit_arms(resolved, resume)
+    began = float(os.environ.get(BEGAN, time.monotonic()))
     check_or_raise(resolved)
     _quiet()
     world = worlds.start(resolved.recipe.trainer.devices)
@@ -118,11 +125,13 @@ class _Run:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
+        if isinstance(optimizer, Suite):
+            self._say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
+        following = Following(optimizer, recipe)
         frozen = FrozenRows(self.root.student, recipe.trainable)
         frozen.guard(optimizer)
         if recipe.optimizer_state == "keep" and before is not None:  # the groups (lr, decay) are this stage's own
-            trained = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
-            optimizer.state.update({p: before.state[p] for p in trained})
+            adopt(optimizer, before)
         if self.resume_from:
             afresh = state.stage_step == 0 and recipe.optimizer_state == "reset"  # it holds the stage before's moments
             checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)
@@ -169,7 +178,7 @@ class _Run:
             objective=objective,
             optimizer=optimizer,
             frozen=frozen,
-            multiplier=recipe.schedule.build(),
+            following=following,
             stream=stream,
             recipe=recipe,
             state=state,

@@ -14,6 +14,7 @@ from adapt.config.schema import Recipe
 from adapt.distributed import checkpoint
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
+from adapt.optim.suite import restart
 from adapt.runfolder import RunFolder
 from adapt.train.progress import Progress
 from adapt.train.signals import StopFlag
@@ -55,6 +56,12 @@ class Hooks:
         if self.progress:
             self.progress.update(self.state.step, values)
 
+    def fact(self, values: dict[str, Any]) -> None:
+        """What is told once, as a line of its own in the metrics."""
+        if self.world.main:
+            for logger in self.loggers:
+                logger.log_metrics(values, step=self.state.step)
+
     def note(self, text: str) -> None:
         if self.world.main:
             self.folder.log(text)
@@ -85,10 +92,9 @@ class Hooks:
         results = self.measure()
         self.root.train()
         self.state.objective = self.observe(results)
-        if self.world.main:
-            for logger in self.loggers:
-                values = {f"eval/{k}": v for k, v in results.items()} | {"stage": self.state.stage}
-                logger.log_metrics(values, step=self.state.step)
+        state = self.state
+        now = {"stage": state.stage, "tokens": state.tokens, "seconds": state.seconds}
+        self.fact({f"eval/{k}": v for k, v in results.items()} | now)
         self.note(f"evaluation at step {self.state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
         self._keep_best(results)
         self._apply_rules(results)
@@ -175,7 +181,7 @@ class Hooks:
             before.stage_step == 0 and self.recipe.optimizer_state == "reset"
         )  # it holds the stage before's moments
         if afresh:
-            self.optimizer.state.clear()
+            restart(self.optimizer)
         checkpoint.load(saved[-1], self.root, None if afresh else self.optimizer)
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip

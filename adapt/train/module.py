@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import repeat
 from typing import Any
 
@@ -15,6 +15,8 @@ from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
 from adapt.objectives.base import Objective
+from adapt.optim.following import Following
+from adapt.optim.state_bytes import state_bytes
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
@@ -33,7 +35,7 @@ class Stage(L.LightningModule):
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         frozen: FrozenRows,
-        multiplier: Callable[[int, int], float],
+        following: Following,
         stream: TrainStream,
         recipe: Recipe,
         state: State,
@@ -54,10 +56,10 @@ class Stage(L.LightningModule):
             world,
         )
         self.microbatch, self.total_steps, self.flag, self.hooks = microbatch, total_steps, flag, hooks
-        self.multiplier, self.ready_optimizer, self.frozen = multiplier, optimizer, frozen
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.following, self.ready_optimizer, self.frozen = following, optimizer, frozen
         self.rows_per_step = recipe.trainer.batch_tokens // recipe.data.seq_len
         self.since = (time.perf_counter(), state.tokens)
+        self.measured = state.stage_step > 0  # a run that goes on has told it
 
     def configure_model(self) -> None:
         """The root arrives built and sharded: evaluation and export need it outside of a fit, too."""
@@ -76,9 +78,7 @@ class Stage(L.LightningModule):
         state, started = self.state, time.perf_counter()
         step = state.stage_step
         optimizer = self.optimizers()
-        factor = self.multiplier(step, self.total_steps)
-        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+        hyper = self.following.set(step, self.total_steps)
         batch = self.stream.step_batch(step + state.skipped, self.rows_per_step, self.world.rank, self.world.size)
         result = gradients(
             self.root,
@@ -103,21 +103,30 @@ class Stage(L.LightningModule):
             state.stage_step, state.step = step + 1, state.step + 1
             state.tokens += self.rows_per_step * self.recipe.data.seq_len
         state.seconds += time.perf_counter() - started
+        if result.finite and not self.measured:
+            self._tell_memory()
         if (state.step % self.recipe.logging.every == 0 or state.stage_step == self.total_steps) and not rewound:
-            self._log(result, optimizer.param_groups[0]["lr"])
+            self._log(result, hyper)
         if not rewound:
             self.hooks.after_step(self)
         if result.stop or state.stage_step >= self.total_steps:
             self.trainer.should_stop = True
 
-    def _log(self, result: Any, lr: float) -> None:
+    def _tell_memory(self) -> None:
+        """Once, when the first update has made the optimizer's state. Collective."""
+        self.measured = True
+        (total,) = self.world.sum([state_bytes(self.ready_optimizer)])
+        self.hooks.fact({"stage": self.state.stage, "optimizer_state_bytes": total})
+
+    def _log(self, result: Any, hyper: dict[str, float]) -> None:
         now, (then, tokens) = time.perf_counter(), self.since
         self.since = (now, self.state.tokens)
         values = {
             "stage": self.state.stage,
             "tokens": self.state.tokens,
+            "seconds": self.state.seconds,
             **loss_values(result),
-            "lr": lr,
+            **hyper,
             "grad_norm": float(result.grad_norm),
             "tokens_per_s": (self.state.tokens - tokens) / max(1e-9, now - then),
             **result.info,

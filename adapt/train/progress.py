@@ -11,7 +11,7 @@ from typing import Any
 
 from adapt.console import printable
 
-SKIP = {"step", "stage", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "time", "epoch"}
+SKIP = {"step", "stage", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "time", "epoch"}
 SHORT = {"block_size": "b"}
 BARS = "▁▂▃▄▅▆▇█"
 

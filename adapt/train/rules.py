@@ -12,6 +12,7 @@ from typing import Any
 
 from adapt.config import Recipe
 from adapt.errors import Problem, UserError
+from adapt.optim.following import following_problems
 from adapt.train.mixing import mixing_problems
 
 
@@ -23,6 +24,7 @@ def core_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
     yield from _trainer(recipe)
     yield from _evaluation(recipe)
     yield from _interpolation(recipe)
+    yield from following_problems(recipe)
     yield from _ranges(recipe)
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapt.config import Recipe, Resolved
-from adapt.config.schema import Trainable
+from adapt.config.arms import gathered
+from adapt.config.schema import Data, Run, Trainable
 from adapt.errors import NotReachable, Problem, RecipeError, UserError, nearest
 from adapt.registry import Selection
+from adapt.train.mixing import total_steps
 from adapt.train.rules import core_problems
 
 
@@ -26,7 +28,54 @@ class Report:
 
 
 def check(resolved: Resolved, offline: bool = False) -> Report:
-    """All stages; each problem once. `offline` reaches for nothing that is not on this machine."""
+    """All stages of all arms; each problem once. `offline` reaches for nothing that is not on this machine."""
+    return _check_arms(resolved, offline) if resolved.arms else _check_run(resolved, offline)
+
+
+def _check_arms(resolved: Resolved, offline: bool) -> Report:
+    each = {name: _check_run(arm, offline) for name, arm in resolved.arms.items()}
+    report = Report(problems=gathered({name: found.problems for name, found in each.items()}, resolved.plain))
+    report.problems += _between_arms(resolved)
+    for key in ("checked", "unchecked"):
+        lines = dict.fromkeys(line for found in each.values() for line in getattr(found, key))
+        getattr(report, key).extend(lines)
+    report.checked.append(f"{len(each)} arms on the same data, of the same length: {', '.join(each)}")
+    return report
+
+
+def _between_arms(resolved: Resolved) -> Iterator[Problem]:
+    """Arms differ, and in nothing that would leave nothing to compare."""
+    (first, model), *others = resolved.arms.items()
+    apart = "make it a run of its own, and draw them together with adapt report --compare"
+    for index, (name, arm) in enumerate(others, 1):
+        if _data_of(arm) != _data_of(model):
+            yield Problem(f"arms.{name}", f"its stages read other data than those of arms.{first}; {apart}")
+        if None not in (lengths := (_tokens_of(arm), _tokens_of(model))) and lengths[0] != lengths[1]:
+            what = f"trains on {lengths[0]:,} tokens, and arms.{first} on {lengths[1]:,}; give them the same number"
+            yield Problem(f"arms.{name}.trainer", f"{what}, or {apart}")
+        for twin in list(resolved.arms)[:index]:
+            if _but_for_the_folder(arm) == _but_for_the_folder(resolved.arms[twin]):
+                what = f"comes out the same as arms.{twin}: what it overrides is as it was, or `stages` set their own"
+                yield Problem(f"arms.{name}", f"{what}; change it, or leave it out (null)")
+                break
+
+
+def _data_of(arm: Resolved) -> list[Data]:
+    return [data for data, _ in itertools.groupby(stage.data for stage in arm.stages)]
+
+
+def _tokens_of(arm: Resolved) -> int | None:
+    try:
+        return sum(total_steps(stage) * stage.trainer.batch_tokens for stage in arm.stages)
+    except (TypeError, ZeroDivisionError):  # neither steps nor tokens: that has its own letter
+        return None
+
+
+def _but_for_the_folder(arm: Resolved) -> list[Recipe]:
+    return [dataclasses.replace(stage, run=Run(name="")) for stage in arm.stages]
+
+
+def _check_run(resolved: Resolved, offline: bool) -> Report:
     report = Report()
     stages = resolved.stages
     _add(report, resolved, [list(core_problems(recipe, index)) for index, recipe in enumerate(stages)])
@@ -49,18 +98,22 @@ def further(error: RecipeError, offline: bool = False) -> list[Problem]:
     """What else is wrong with a recipe that cannot be read whole, without guesses about the keys that are wrong."""
     if error.readable is None:
         return []
-    wrong = {re.sub(r"^stages\[\d+\]\.", "", p.where) for p in error.problems}
+    wrong = {_bare(p.where) for p in error.problems}
     for problem in error.problems:  # the key that was meant is not known either
         if meant := re.search(r"Did you mean '([^']+)'", problem.what):
-            path = re.sub(r"^stages\[\d+\]\.", "", problem.where)
-            wrong.add(f"{path.rpartition('.')[0]}.{meant[1]}".lstrip("."))
+            wrong.add(f"{_bare(problem.where).rpartition('.')[0]}.{meant[1]}".lstrip("."))
 
     def depends(problem: Problem) -> bool:
-        where = problem.where.rpartition(" ")[2]
+        where = _bare(problem.where)
         near = (where == w or w.startswith(f"{where}.") or where.startswith((f"{w}.", f"{w}[")) for w in wrong)
         return any(near) or any(w in problem.what for w in wrong)
 
     return [p for p in problems(error.readable, offline) if not depends(p)]
+
+
+def _bare(where: str) -> str:
+    """A key without the arm and the stage it is of."""
+    return re.sub(r"^(arms\.[^.]+\.)?(stages\[\d+\](\.| \(.*\) ))?", "", where)
 
 
 def problems(resolved: Resolved, offline: bool = False) -> list[Problem]:

@@ -78,7 +78,7 @@ def test_every_part_of_a_run_is_on_one_self_contained_page(tmp_path):
     page = build(make_run(tmp_path, "one"), [], None)
     assert page == tmp_path / "one" / "report.html"
     html = page.read_text()
-    alone = set(sections.names()) - {"pareto"}  # that one is of compared runs
+    alone = set(sections.names()) - {"arms", "pareto"}  # those are of compared runs
     assert all(f'<section id="{name}">' in html for name in alone)
     for key in ("loss", "loss/ar", "lr", "grad_norm", "tokens_per_s", "block_size", "eval/bpb/held-out"):
         assert f"<figcaption>{key}</figcaption>" in html
@@ -192,3 +192,36 @@ def test_a_grid_of_another_shape_is_not_compared(tmp_path):
     html = build(run, [], None).read_text()
     assert "step 30</text>" in html
     assert "step 0</text>" not in html
+
+
+def test_a_folder_of_arms_has_a_page_of_its_runs_in_the_recipes_order(tmp_path):
+    folder = tmp_path / "arms"
+    for name in ("a", "b", "c"):
+        make_run(folder, name, whole=name != "c")
+    (folder / "recipe.yaml").write_text("arms: {b: {}, a: {}, not-yet: {}}\n")
+    page = build(folder, [], None)
+    assert page == folder / "comparison.html"
+    html = page.read_text()
+    Checked(html)
+    assert "<title>arms: b against a " in html
+
+
+def test_what_a_run_did_not_log_is_left_out_of_the_comparison(tmp_path):
+    """Runs of older versions have no seconds and no optimizer state."""
+    runs = [make_run(tmp_path, "one"), make_run(tmp_path, "two", steps=10)]
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"step": 1, "optimizer_state_bytes": 3 * 2**20}) + "\n")
+    html = build(runs[0], runs[1:], None).read_text()
+    section = html[html.index('<section id="arms">') :]
+    section = section[: section.index("</section>")]
+    assert "bpb/held-out against training tokens" not in section, "its evaluations have no tokens, but for the start"
+    assert "loss against training tokens" in section
+    assert "seconds of training" not in section.partition("</table>")[0]
+    assert "3.0 MiB (1.00 x)" in section
+
+
+def test_places_of_a_comparison():
+    from adapt.report.sections.arms import duration, short
+
+    assert [short(x) for x in (0, 500, 20000, 1.5e6, 2e9)] == ["0", "500", "20k", "1.5M", "2B"]
+    assert [duration(x) for x in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

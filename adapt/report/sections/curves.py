@@ -9,7 +9,7 @@ from adapt.components import sections
 from adapt.report.data import RunData, is_number
 from adapt.report.figure import QUIET, inline
 
-APART = ("step", "stage", "tokens", "time")
+APART = ("step", "stage", "tokens", "seconds", "time", "optimizer_state_bytes")
 MANY = 60
 """Points from which a running mean is drawn over the raw line."""
 
@@ -73,7 +73,7 @@ def _draw(axes, run: RunData, key: str) -> None:
     axes.plot(steps, values, color=run.colour, alpha=0.3 if noisy else 1, linewidth=1 if noisy else 1.6,
               marker="o" if measured else None, markersize=3.5)  # fmt: skip
     if noisy:
-        axes.plot(steps, _smooth(values), color=run.colour, linewidth=1.7)
+        axes.plot(steps, smooth(values), color=run.colour, linewidth=1.7)
 
 
 def _turns(values) -> int:
@@ -81,7 +81,7 @@ def _turns(values) -> int:
     return sum((a < b) != (b < c) for a, b, c in zip(values, values[1:], values[2:], strict=False) if a != b != c)
 
 
-def _smooth(values) -> list[float]:
+def smooth(values) -> list[float]:
     """Mean over a centred window of a twentieth of the run."""
     half = max(1, len(values) // 40)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))

@@ -53,7 +53,7 @@ def _draw(axes: Any, found: list[tuple[RunData, Outcome]], best: list[bool]) -> 
         axes.scatter(
             result.gain, result.forgetting, s=46, facecolor=face, edgecolor=run.colour, linewidth=1.6, zorder=3
         )
-        text = f"lr {_rate(run)}, replay {replay_fraction(run):.0%}"
+        text = f"lr {rate(run)}, replay {replay_fraction(run):.0%}"
         axes.annotate(
             text,
             (result.gain, result.forgetting),
@@ -72,10 +72,10 @@ def _table(found: list[tuple[RunData, Outcome]], best: list[bool]) -> str:
     for (run, result), good in sorted(zip(found, best, strict=True), key=lambda x: -x[0][1].gain):
         dot = f'<span class="dot" style="background:{run.colour}"></span>'
         values = [signed(result.gain), signed(result.forgetting), number(result.efficiency), "front" if good else ""]
-        rows.append([dot + escape(run.name), _rate(run), f"{replay_fraction(run):.0%}", *values])
+        rows.append([dot + escape(run.name), rate(run), f"{replay_fraction(run):.0%}", *values])
     return table(["run", "lr", "replay", "gain G", "worst forgetting F", "G / F", "Pareto"], rows, 1)
 
 
-def _rate(run: RunData) -> str:
+def rate(run: RunData) -> str:
     rate = run.setting("optimizer.lr")
     return f"{rate:.0e}".replace("e-0", "e-") if is_number(rate) else "?"
