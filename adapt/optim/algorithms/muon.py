@@ -101,11 +101,11 @@ def _step_all(here: list[Matrix], group: dict[str, Any]) -> None:
     buckets: dict[tuple, list[Matrix]] = {}
     for one in here:
         buckets.setdefault(one.alike(), []).append(one)
-    chunks = [chunk for bucket in buckets.values() for chunk in _chunks(bucket)]
-    coming = _Sent(chunks[0], group) if chunks else None
-    for following in [*chunks[1:], None]:
-        sent, coming = coming, None if following is None else _Sent(following, group)
-        sent.finish()
+    coming = None
+    for chunk in [*(chunk for bucket in buckets.values() for chunk in _chunks(bucket)), None]:
+        sent, coming = coming, None if chunk is None else _Sent(chunk, group)
+        if sent is not None:
+            sent.finish()
 
 
 def _chunks(bucket: list[Matrix]) -> Iterator[list[Matrix]]:

@@ -165,7 +165,9 @@ def _step_chunk(items: list[Matrix], group: dict[str, Any]) -> None:
         else:
             update[batch] = _step_whole(views, first.calls, group)
     turned = first.calls % group["precondition_frequency"] == 0  # the first step included
-    for key in whole.keys() - {"gradient", *(() if turned else ("basis_left", "basis_right"))}:
+    for key in whole:  # in the same order on every rank
+        if key == "gradient" or (key.startswith("basis") and not turned):
+            continue
         _put([one.held[key] for one in items], exchanges[key].to_rows(whole[key]))
     if update is not None:
         values = [one.held["value"] for one in items]
@@ -245,15 +247,15 @@ def _power(cov: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _step_gathered(parameter: Tensor, gradient: Tensor | None, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     """The whole step on every rank, for a sharding without whole rows."""
-    spread = {"value": parameter, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-    moved = sum(local(t).nbytes for t in (*spread.values(), *([] if gradient is None else [gradient])))
+    gradient = torch.zeros_like(parameter) if gradient is None else gradient  # the other ranks may have theirs
+    moved = sum(local(t).nbytes for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"]))
     traffic["all_gather"] += moved * (parameter.device_mesh.size() - 1)
     copies = {key: matrices.gathered(tensor) for key, tensor in state.items()}
-    value, grad = matrices.gathered(parameter), None if gradient is None else matrices.gathered(gradient)
+    value, grad = matrices.gathered(parameter), matrices.gathered(gradient)
     _step_all(list(_matrices(_parts(value, group), value, grad, copies, group)), group)
     matrices.put_back(value, parameter)
-    for key in copies.keys() - {"step"}:
-        matrices.put_back(copies[key], state[key])
+    for key, copy in copies.items():
+        matrices.put_back(copy, state[key])
 
 
 algorithm = Soap()
