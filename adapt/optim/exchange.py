@@ -13,8 +13,9 @@ and empty parts, on NCCL and, as of torch 2.13, on gloo for every floating dtype
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,18 +23,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-@dataclass
-class Traffic:
-    """What this rank has sent, by collective: an all-reduce counts 2(W-1)/W of its tensor (a ring), the others what leaves."""
+class Traffic(Counter[str]):
+    """Bytes this rank has sent, by collective: an all-reduce counts 2(W-1)/W of its tensor (a ring), the others what
+    leaves. Host integers: counting waits for nothing."""
 
-    sent: dict[str, float] = field(default_factory=dict)
 
-    def add(self, kind: str, count: float) -> None:
-        self.sent[kind] = self.sent.get(kind, 0.0) + count
-
-    @property
-    def total(self) -> float:
-        return sum(self.sent.values())
+traffic = Traffic()
+"""Of this process, since it started or since somebody cleared it."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,10 @@ class Grid:
         chunk = -(-m // self.shards)
         return [max(0, min(chunk, m - chunk * shard)) for shard in range(self.shards)]
 
-    def all_reduce(self, values: Tensor, traffic: Traffic) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum a tensor over the shards in place (replicas hold the same); bitwise the same on each of them."""
         if self.shards > 1:
-            traffic.add("all_reduce", 2 * (self.shards - 1) / self.shards * values.numel() * values.element_size())
+            traffic["all_reduce"] += 2 * (self.shards - 1) * values.numel() * values.element_size() // self.shards
             dist.all_reduce(values, group=self.across_shards)
         return values
 
@@ -107,6 +103,16 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
+def share(work: Sequence[tuple[Grid, float]]) -> list[int]:
+    """An owner for each matrix, given where it lies and what it costs: among the ranks of its own grid."""
+    owners = [0] * len(work)
+    for grid in dict.fromkeys(grid for grid, _ in work):
+        places = [i for i, (of, _) in enumerate(work) if of == grid]
+        for i, owner in zip(places, assign([work[i][1] for i in places], grid.ranks), strict=True):
+            owners[i] = owner
+    return owners
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Of one bucket: k matrices of the same shape."""
@@ -117,7 +123,6 @@ class Exchange:
     heights: tuple[int, ...]
     """Rows that each shard has of every matrix; any numbers (a fused weight's blocks start anywhere)."""
     n: int
-    traffic: Traffic
 
     @property
     def mine(self) -> list[int]:
@@ -126,9 +131,10 @@ class Exchange:
 
     def to_owners(self, rows: list[Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
         """Start sending this rank's `rows` of all k matrices, k x [rows, n], cast to `dtype`. The call of what is returned
-        waits for them and gives the whole matrices of `mine`, [len(mine), sum(heights), n]."""
+        waits for them and gives the whole matrices of `mine`, [len(mine), sum(heights), n]; with one rank perhaps the
+        rows themselves."""
         if self.grid.ranks == 1:
-            return lambda: torch.stack(rows).to(dtype)
+            return lambda: (rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)).to(dtype)
         heights, held = self.heights, self._held
         order = [i for shard in held for i in shard]
         own = heights[self.grid.shard]
@@ -180,7 +186,7 @@ class Exchange:
         if self.grid.shards == 1:
             return arrived.copy_(outgoing.view(-1)), None
         leaving = sum(out) - out[self.grid.shard]
-        self.traffic.add("all_to_all", leaving * outgoing.element_size())
+        traffic["all_to_all"] += leaving * outgoing.element_size()
         group = self.grid.across_shards
         return arrived, dist.all_to_all_single(arrived, outgoing.view(-1), into, out, group=group, async_op=True)
 
@@ -195,6 +201,6 @@ class Exchange:
         padded = arrived.new_zeros(most * own * self.n)
         padded[: arrived.numel()] = arrived
         gathered = arrived.new_empty(replicas, most, own, self.n)
-        self.traffic.add("all_gather", (replicas - 1) * padded.numel() * padded.element_size())
+        traffic["all_gather"] += (replicas - 1) * padded.numel() * padded.element_size()
         dist.all_gather_single(gathered.view(-1), padded, group=self.grid.across_replicas)
         return {i: gathered[r, place] for r in range(replicas) for place, i in enumerate(order[r])}

@@ -45,6 +45,8 @@ def orthogonalise(
             orthogonalise(one, steps=steps, coefficients=coefficients, dtype=dtype, floor=least)
             for one, least in zip(x.flatten(0, -3), floors, strict=True)
         ]
+        if len(done) == 1:
+            return done[0].view(x.shape)
         return torch.stack(done).view(x.shape) if done else x.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = _normalised(x.mT if tall else x, dtype, floor)
@@ -67,19 +69,19 @@ def _normalised(x: Tensor, dtype: torch.dtype, floor: Tensor | None) -> Tensor:
 
 def _direct(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     for _ in range(steps):
-        k = _symmetric(x, x.mT)
-        x = _product(_symmetric(k, k, plus=k, beta=b, alpha=c), x, plus=x, beta=a)
+        k = symmetric(x, x.mT)
+        x = _product(symmetric(k, k, plus=k, beta=b, alpha=c), x, plus=x, beta=a)
     return x
 
 
 def _gram(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
-    k, q = _symmetric(x, x.mT), None
+    k, q = symmetric(x, x.mT), None
     for left in reversed(range(steps)):
-        z = _symmetric(k, k, plus=k, beta=b, alpha=c)
+        z = symmetric(k, k, plus=k, beta=b, alpha=c)
         z.diagonal(dim1=-2, dim2=-1).add_(a)
-        q = z if q is None else _symmetric(z, q)
+        q = z if q is None else symmetric(z, q)
         if left:
-            k = _symmetric(z, _symmetric(k, z))
+            k = symmetric(z, symmetric(k, z))
     return x if q is None else q @ x
 
 
@@ -94,12 +96,22 @@ def _product(x: Tensor, y: Tensor, *, plus: Tensor | None = None, beta: float = 
     return done.unflatten(0, lead)
 
 
-def _symmetric(x: Tensor, y: Tensor, *, plus: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """alpha XY + beta `plus`, which is known to be symmetric: on the CPU its upper blocks are copied, not computed."""
+def symmetric(
+    x: Tensor,
+    y: Tensor,
+    *,
+    plus: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """alpha XY + beta `plus`, which is known to be symmetric: on the CPU its upper blocks are copied, not computed. Into
+    `out` if given, which may be `plus`."""
     p = x.size(-2)
     if x.ndim > 2 or x.device.type != "cpu" or p < 2 * BLOCK:
-        return _product(x, y, plus=plus, beta=beta, alpha=alpha)
-    out = x.new_empty(p, p)
+        made = _product(x, y, plus=plus, beta=beta, alpha=alpha)
+        return made if out is None else out.copy_(made)
+    out = x.new_empty(p, p) if out is None else out
     for start in range(0, p, BLOCK):
         end = min(start + BLOCK, p)
         below = out[start:end, :end]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,9 @@ import torch.distributed as dist
 
 from adapt.distributed import checkpoint
 from adapt.distributed.world import World
+from adapt.optim.exchange import traffic
 from tests.optim.test_cosmos import gradients, made, over
+from tests.ranks import on_ranks
 
 SHAPES = [(48, 24), (24, 48), (5, 40), (1, 20), (3, 24), (48, 24), (48, 24), (32, 32)]
 """Uneven at 4 ranks, fewer rows than ranks, and three matrices of one shape: no multiple of any number of ranks."""
@@ -33,26 +32,16 @@ CASES = {
 }
 
 
-def ranks(size: int, check, *args, **kwargs) -> list:
+def ranks(size: int, check, *args) -> list:
     """What `check(rank, size, *args)` gives on each of `size` gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_worker, args=(size, folder, check, args, kwargs), nprocs=size)
-        return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(size)]
+        on_ranks(size, Path(folder), _keep, Path(folder), check, args)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 
-def _worker(rank: int, size: int, folder: str, check, args, kwargs) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
-    )
-    try:
-        torch.save(check(rank, size, *args, **kwargs), os.path.join(folder, f"{rank}.pt"))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+def _keep(folder: Path, check, args) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.save(check(rank, size, *args), folder / f"{rank}.pt")
 
 
 def mesh_of(size: int, replicas: int):
@@ -104,8 +93,6 @@ def all_cases(rank: int, size: int, replicas: int, names: list[str]) -> dict:
 
 def one_case(fields: dict, mesh) -> dict:
     """Largest distance from one process, in steps, after the first step and the last one; the bases; bytes sent."""
-    from adapt.optim.algorithms.cosmos import algorithm
-
     shapes = fields.get("shapes", SHAPES)
     path = single(fields)
     start = made(shapes).param_groups[0]["params"]
@@ -115,7 +102,7 @@ def one_case(fields: dict, mesh) -> dict:
     for step in range(STEPS):
         for p, stream in zip(parameters, streams, strict=True):
             p.grad = cut(stream[step], mesh)
-        algorithm.traffic.sent.clear()
+        traffic.clear()
         optimizer.step()
         distances = [
             ((p.full_tensor() - w).norm() / (0.1 * w.numel() ** 0.5)).item()
@@ -124,7 +111,7 @@ def one_case(fields: dict, mesh) -> dict:
         apart.append(max(distances))
     bases = [optimizer.state[p]["basis"] for p in parameters]
     bases = [b.full_tensor() if hasattr(b, "full_tensor") else b for b in bases]
-    return {"first": apart[0], "last": apart[-1], "bases": bases, "sent": dict(algorithm.traffic.sent)}
+    return {"first": apart[0], "last": apart[-1], "bases": bases, "sent": dict(traffic)}
 
 
 def assert_close(found: list[dict], names) -> None:

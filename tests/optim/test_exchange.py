@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from adapt.optim.exchange import Exchange, Grid, Traffic, assign
+from adapt.optim.exchange import Exchange, Grid, assign, traffic
 from tests.ranks import on_ranks
 
 SHAPES = [(8, 4), (12, 5), (7, 3), (3, 6), (1, 4)]
@@ -34,12 +34,12 @@ def test_rows_are_the_chunks_of_dtensor():
 
 def test_one_process_exchanges_nothing():
     whole = [torch.randn(6, 4) for _ in range(3)]
-    traffic = Traffic()
-    exchange = Exchange(Grid.of(whole[0]), (0, 0, 0), (6,), 4, traffic)
+    traffic.clear()
+    exchange = Exchange(Grid.of(whole[0]), (0, 0, 0), (6,), 4)
     gathered = exchange.to_owners(whole, torch.float32)()
     assert torch.equal(gathered, torch.stack(whole))
     assert all(map(torch.equal, exchange.to_rows(gathered), whole))
-    assert traffic.total == 0
+    assert not traffic
 
 
 def round_trip(shard: int, replicate: int) -> None:
@@ -58,7 +58,7 @@ def round_trip(shard: int, replicate: int) -> None:
                 spread = [distribute_tensor(w, mesh, placements) for w in whole]
                 grid = Grid.of(spread[0])
                 assert (grid.shards, grid.replicas, grid.ranks) == (shard, replicate, ranks)
-                exchange = Exchange(grid, tuple(assign([1.0] * k, ranks)), tuple(grid.rows(m)), n, Traffic())
+                exchange = Exchange(grid, tuple(assign([1.0] * k, ranks)), tuple(grid.rows(m)), n)
                 gathered = exchange.to_owners([s.to_local() for s in spread], dtype)()
                 assert gathered.shape == (len(exchange.mine), m, n)
                 for one, i in zip(gathered, exchange.mine, strict=True):
@@ -75,11 +75,12 @@ def bytes_sent(shard: int) -> None:
     m, n, k = 4 * shard, 6, 3 * shard
     rows = [distribute_tensor(torch.randn(m, n), mesh, [Shard(0)]).to_local() for _ in range(k)]
     grid = Grid(shard, mesh.get_local_rank(), across_shards=mesh.get_group())
-    exchange = Exchange(grid, tuple(assign([1.0] * k, shard)), tuple(grid.rows(m)), n, Traffic())
+    exchange = Exchange(grid, tuple(assign([1.0] * k, shard)), tuple(grid.rows(m)), n)
+    traffic.clear()
     exchange.to_rows(exchange.to_owners(rows, torch.bfloat16)())
-    assert exchange.traffic.sent == {"all_to_all": k * 4 * m * n * (shard - 1) / shard**2}
-    grid.all_reduce(torch.zeros(10), exchange.traffic)
-    assert exchange.traffic.sent["all_reduce"] == 2 * (shard - 1) / shard * 40
+    assert traffic == {"all_to_all": k * 4 * m * n * (shard - 1) / shard**2}
+    grid.all_reduce(torch.zeros(10))
+    assert traffic["all_reduce"] == 2 * (shard - 1) / shard * 40
 
 
 def on_two() -> None:

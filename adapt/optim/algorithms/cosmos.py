@@ -26,7 +26,7 @@ from torch import Tensor
 
 from adapt.optim import basis, matrices
 from adapt.optim.algorithms import local
-from adapt.optim.exchange import Exchange, Grid, Traffic, assign
+from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts
 from adapt.optim.newton_schulz import flops, orthogonalise
 
@@ -70,9 +70,6 @@ def rank_of(rank: int | float, m: int, n: int) -> int:
 
 
 class Cosmos:
-    def __init__(self) -> None:
-        self.traffic = Traffic()
-
     def state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         parts = _parts(parameter, group)
         r = max(rank_of(group["rank"], m, parts.n) for m in parts.blocks)
@@ -112,15 +109,14 @@ class Cosmos:
         torch._foreach_add_([state["step"] for state in states], 1.0)
 
     def _step_all(self, here: list[Matrix], group: dict[str, Any]) -> None:
-        ranks = max((one.grid.ranks for one in here), default=1)
-        for one, owner in zip(here, assign([flops(one.m, one.n) for one in here], ranks), strict=True):
+        for one, owner in zip(here, share([(one.grid, flops(one.m, one.n)) for one in here]), strict=True):
             one.owner = owner
         buckets: dict[tuple, list[Matrix]] = {}
         for one in here:
             buckets.setdefault(one.alike(), []).append(one)
         for bucket in buckets.values():
             for chunk in _chunks(bucket):
-                Chunk(chunk, group, self.traffic).step()
+                Chunk(chunk, group).step()
 
     def _step_gathered(self, parameter: Tensor, gradient: Tensor | None, state: dict[str, Tensor], group) -> None:
         """The whole step on every rank: what a sharding without whole rows needs, and what the others are tested by."""
@@ -128,7 +124,7 @@ class Cosmos:
         value, copies = matrices.gathered(parameter), {key: matrices.gathered(v) for key, v in state.items()}
         ranks, sharded = parameter.device_mesh.size(), (parameter, gradient, *state.values())
         moved = sum(local(t).nbytes for t in sharded if hasattr(t, "placements"))
-        self.traffic.add("all_gather", moved * (ranks - 1))
+        traffic["all_gather"] += moved * (ranks - 1)
         parts = Parts.of(value, group.get("split", ()), _flipped(group))
         self._step_all(list(_matrices(parts, value, value, grad, copies, group)), group)
         matrices.put_back(value, parameter)
@@ -177,12 +173,12 @@ def _chunks(bucket: list[Matrix]) -> Iterator[list[Matrix]]:
 class Chunk:
     """Matrices of one shape, grid and age, stepped together: k of them, [k, rows, n] stacked."""
 
-    def __init__(self, items: list[Matrix], group: dict[str, Any], traffic: Traffic):
-        self.items, self.group, self.traffic, first = items, group, traffic, items[0]
+    def __init__(self, items: list[Matrix], group: dict[str, Any]):
+        self.items, self.group, first = items, group, items[0]
         self.m, self.n, self.r, self.grid = first.m, first.n, first.rank, first.grid
         self.device = first.value.device
         self.fresh = bool(first.step == 0)
-        self.exchange = Exchange(self.grid, tuple(one.owner for one in items), first.heights, self.n, traffic)
+        self.exchange = Exchange(self.grid, tuple(one.owner for one in items), first.heights, self.n)
         auto = "qr" if self.device.type == "cpu" else "cholesky"
         self.orth = auto if group["orth"] == "auto" else group["orth"]
         self.ns_dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -226,7 +222,7 @@ class Chunk:
 
     def _total(self, values: Tensor) -> Tensor:
         """Summed over the ranks that hold the rows."""
-        return self.grid.all_reduce(values.contiguous(), self.traffic)
+        return self.grid.all_reduce(values.contiguous())
 
     def _turn(self, g: Tensor, beta3: float) -> tuple[Tensor, Tensor]:
         """The new basis, and the old second moment in it."""
@@ -253,7 +249,7 @@ class Chunk:
             found[place] = basis.from_svd(one, self.r)
         found = self._total(found)
         if self.grid.replicas > 1:  # an owner may be of another replica
-            self.traffic.add("all_reduce", 2 * (self.grid.replicas - 1) / self.grid.replicas * found.nbytes)
+            traffic["all_reduce"] += 2 * (self.grid.replicas - 1) * found.nbytes // self.grid.replicas
             dist.all_reduce(found, group=self.grid.across_replicas)
         return found
 
