@@ -122,8 +122,8 @@ class Cosmos:
         """The whole step on every rank: what a sharding without whole rows needs, and what the others are tested by."""
         grad = None if gradient is None else matrices.gathered(gradient)
         value, copies = matrices.gathered(parameter), {key: matrices.gathered(v) for key, v in state.items()}
-        ranks = parameter.device_mesh.size()
-        moved = sum(local(t).nbytes for t in (parameter, state["exp_avg"], *([] if gradient is None else [gradient])))
+        ranks, sharded = parameter.device_mesh.size(), (parameter, gradient, *state.values())
+        moved = sum(local(t).nbytes for t in sharded if hasattr(t, "placements"))
         traffic["all_gather"] += moved * (ranks - 1)
         parts = Parts.of(value, group.get("split", ()), _flipped(group))
         self._step_all(list(_matrices(parts, value, value, grad, copies, group)), group)
