@@ -10,9 +10,13 @@ With FSDP2 over W ranks COSMOS keeps (mn + mr)/W + nr + r^2 per rank: the basis 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @dataclass(frozen=True)
