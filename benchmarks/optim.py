@@ -36,6 +36,8 @@ AGAINST = {
     "cosmos_reference": "adamw",
     "cosmos_reference_compiled": "cosmos_reference",
     "cosmos": "cosmos_reference",
+    "cosmos_batched": "cosmos_reference",
+    "cosmos_compiled": "cosmos_reference",
     "cosmos_svd": "cosmos_reference",
 }
 
@@ -122,7 +124,7 @@ def make(name: str, model: nn.Module, rest: torch.optim.Optimizer, args: argpars
     if name == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         return lambda turn: optimizer.step()
-    if name in ("muon", "muon_batched", "soap", "soap_batched", "cosmos", "cosmos_svd"):
+    if name.partition("_")[0] in ("muon", "soap", "cosmos") and "reference" not in name:
         return ours(name, model)
     if name == "torch_muon":
         torch.optim._muon._zeropower_via_newtonschulz = float32_muon
@@ -152,7 +154,8 @@ def ours(name: str, model: nn.Module) -> Callable[[bool], None]:
 
     algorithm, _, variant = name.partition("_")
     entry = optimizers[algorithm]
-    optimizer = entry.factory(entry.config_type(**({"init": "svd"} if variant == "svd" else {})), model)
+    fields = {"svd": {"init": "svd"}, "compiled": {"compile": True}}.get(variant, {})
+    optimizer = entry.factory(entry.config_type(**fields), model)
 
     def step(turn: bool) -> None:
         newton_schulz.LOOPED = frozenset() if variant == "batched" else frozenset({"cpu"})
