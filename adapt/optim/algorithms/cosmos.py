@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adapt.optim import basis, matrices
+from adapt.optim import basis, matrices, newton_schulz
 from adapt.optim.algorithms import local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts
@@ -121,7 +121,8 @@ class Cosmos:
 
     def _step_gathered(self, parameter: Tensor, gradient: Tensor | None, state: dict[str, Tensor], group) -> None:
         """The whole step on every rank: what a sharding without whole rows needs, and what the others are tested by."""
-        grad = None if gradient is None else matrices.gathered(gradient)
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient  # the other ranks may have theirs
+        grad = matrices.gathered(gradient)
         value, copies = matrices.gathered(parameter), {key: matrices.gathered(v) for key, v in state.items()}
         ranks, sharded = parameter.device_mesh.size(), (parameter, gradient, *state.values())
         moved = sum(local(t).nbytes for t in sharded if hasattr(t, "placements"))
@@ -165,7 +166,7 @@ def _chunks(bucket: list[Matrix]) -> Iterator[list[Matrix]]:
     """A few matrices at a time: what is whole anywhere is bounded. On the CPU batched products are slower than a loop."""
     first = bucket[0]
     size = CHUNK_BYTES * first.grid.ranks // (4 * first.m * first.n)
-    if first.value.device.type == "cpu" and first.grid.ranks == 1:
+    if first.value.device.type in newton_schulz.LOOPED and first.grid.ranks == 1:
         size = 1
     for start in range(0, len(bucket), max(1, size)):
         yield bucket[start : start + max(1, size)]

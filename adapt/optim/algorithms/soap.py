@@ -21,14 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt.optim import matrices
+from adapt.optim import matrices, newton_schulz
 from adapt.optim.algorithms import local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts, Piece
 from adapt.optim.newton_schulz import symmetric
 
-ALONE = True
-"""On the CPU, one matrix at a time where it is whole: batched products are slower there."""
 CHUNK_BYTES = 2**28
 """Of float32 gradients, moments and bases that one rank holds whole at once."""
 LEFT, RIGHT = ("cov_left", "basis_left"), ("cov_right", "basis_right")
@@ -136,7 +134,7 @@ def _step_all(here: list[Matrix], group: dict[str, Any]) -> None:
         first = bucket[0]
         each = 4 * (4 * first.m * first.n + 2 * first.m**2 + 2 * first.n**2)
         size = max(1, CHUNK_BYTES * first.grid.ranks // each)
-        if ALONE and first.held["value"].device.type == "cpu" and first.grid.ranks == 1:
+        if first.held["value"].device.type in newton_schulz.LOOPED and first.grid.ranks == 1:
             size = 1
         for start in range(0, len(bucket), size):
             _step_chunk(bucket[start : start + size], group)
@@ -155,7 +153,7 @@ def _step_chunk(items: list[Matrix], group: dict[str, Any]) -> None:
         if key != "value"
     }
     whole = {key: arrive() for key, arrive in coming.items()}
-    alone = ALONE and first.held["value"].device.type == "cpu"
+    alone = first.held["value"].device.type in newton_schulz.LOOPED
     batches = [slice(i, i + 1) for i in range(len(whole["gradient"]))] if alone else [slice(None)]
     update = torch.empty_like(whole["gradient"]) if first.calls else None
     for batch in batches:
