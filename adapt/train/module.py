@@ -15,6 +15,7 @@ from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
 from adapt.objectives.base import Objective
+from adapt.optim.exchange import traffic
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
@@ -57,7 +58,7 @@ class Stage(L.LightningModule):
         self.multiplier, self.ready_optimizer, self.frozen = multiplier, optimizer, frozen
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.rows_per_step = recipe.trainer.batch_tokens // recipe.data.seq_len
-        self.since = (time.perf_counter(), state.tokens)
+        self.since, self.sent = (time.perf_counter(), state.tokens), traffic.total()
 
     def configure_model(self) -> None:
         """The root arrives built and sharded: evaluation and export need it outside of a fit, too."""
@@ -113,6 +114,8 @@ class Stage(L.LightningModule):
     def _log(self, result: Any, lr: float) -> None:
         now, (then, tokens) = time.perf_counter(), self.since
         self.since = (now, self.state.tokens)
+        steps, sent = max(1, (self.state.tokens - tokens) // self.recipe.trainer.batch_tokens), traffic.total()
+        moved, self.sent = {"optimizer_mb_sent": (sent - self.sent) / steps / 1e6} if traffic else {}, sent
         values = {
             "stage": self.state.stage,
             "tokens": self.state.tokens,
@@ -121,6 +124,7 @@ class Stage(L.LightningModule):
             "grad_norm": float(result.grad_norm),
             "tokens_per_s": (self.state.tokens - tokens) / max(1e-9, now - then),
             **result.info,
+            **moved,
             "time": time.time(),
         }
         self.hooks.log(values)
