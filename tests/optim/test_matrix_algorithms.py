@@ -11,7 +11,7 @@ from torch import nn
 from adapt.optim import newton_schulz
 from tests.optim.suites import SHAPES, close, gradients, steps, suite, weights
 
-NAMES = ["muon", "soap"]
+NAMES = ["muon", "soap", "cosmos"]
 
 
 def copies(parameters):
@@ -54,7 +54,7 @@ def test_gradients_are_left_as_they_are(name):
 def test_a_rate_of_tensor_type_is_the_rate(name):
     ours, theirs = weights(), weights()
     one, other = suite(name, ours, lr=0.01, weight_decay=0.1), suite(name, theirs, lr=0.01, weight_decay=0.1)
-    one.param_groups[0]["lr"] = torch.tensor(0.01)
+    one.param_groups[0]["lr"] = torch.tensor(one.param_groups[0]["lr"])
     before = copies(ours)
     steps(one, 0, 3)
     steps(other, 0, 3)

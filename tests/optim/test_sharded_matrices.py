@@ -38,8 +38,8 @@ def whole(parameters) -> list[torch.Tensor]:
     return [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
 
 
-def equals_one_process(mesh: DeviceMesh, placements, **fields) -> None:
-    for name in NAMES:
+def equals_one_process(mesh: DeviceMesh, placements, names=tuple(NAMES), **fields) -> None:
+    for name in names:
         extra = {"precondition_frequency": 2} if name == "soap" else {"ns_dtype": "float32"} | fields
         theirs = weights(SHAPES)
         ours = spread(theirs, mesh, placements)
@@ -129,7 +129,7 @@ def on_two(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     equals_one_process(mesh, [Shard(0)])
     equals_one_process(mesh, [Shard(0)], sharded="gather")
-    equals_one_process(mesh, [Shard(1)])
+    equals_one_process(mesh, [Shard(1)], names=(*NAMES, "cosmos"))
     equals_one_process(mesh, [Replicate()])
     parts_equal_one_process(mesh)
     counted(mesh)

@@ -9,7 +9,8 @@ gradient is never rotated by a basis it has shaped. M and V are kept in the basi
 (the authors rotate it there and back at every step, which is the identity in between), V has its entries permuted only.
 
 Everything is kept by rows: M, V and L, Q_L as the parameter's, R, Q_R by theirs. An owner has a matrix and its state whole
-while it steps, and sends rows of what has changed back; no rank ever holds more than its share and one chunk.
+while it steps, and sends rows of what has changed back; no rank ever holds more than its share and one chunk. Per rank
+and matrix that is 4 (6mn + 3m² + 3n²)(W-1)/W² bytes a step on W ranks, and 4 (m² + n²)(W-1)/W² more in a step that turns.
 """
 
 from __future__ import annotations
