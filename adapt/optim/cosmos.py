@@ -70,6 +70,8 @@ class CosmosConfig(GroupedConfig):
     """Of the quintic polynomial, lowest power first."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Newton-Schulz computes in this; `auto` is bfloat16 on accelerators and float32 on the CPU."""
+    compile: bool = False
+    """Compile what lies between the matrix products: fewer passes over memory, once per shape of matrix."""
     adam_beta1: float = 0.9
     """AdamW's decay of the gradient's running mean."""
     adam_beta2: float = 0.95
@@ -99,10 +101,28 @@ class CosmosConfig(GroupedConfig):
 
     def group(self) -> dict:
         """Of the matrices, for the Suite."""
-        names = ("beta1", "beta2", "beta3", "rank", "nesterov", "eps", "eps_inside", "init", "orth", "reproject")
-        more = ("basis_side", "sharded", "momentum_dtype", "ns_steps", "ns_coefficients", "ns_dtype", "wd_lr")
-        gamma = self.lr_ratio if self.gamma == "lr_ratio" else self.gamma
-        return {"algorithm": "cosmos", "gamma": gamma} | {name: getattr(self, name) for name in (*names, *more)}
+        return {
+            "algorithm": "cosmos",
+            "gamma": self.lr_ratio if self.gamma == "lr_ratio" else self.gamma,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "beta3": self.beta3,
+            "rank": self.rank,
+            "nesterov": self.nesterov,
+            "eps": self.eps,
+            "eps_inside": self.eps_inside,
+            "init": self.init,
+            "orth": self.orth,
+            "reproject": self.reproject,
+            "basis_side": self.basis_side,
+            "sharded": self.sharded,
+            "momentum_dtype": self.momentum_dtype,
+            "ns_steps": self.ns_steps,
+            "ns_coefficients": self.ns_coefficients,
+            "ns_dtype": self.ns_dtype,
+            "wd_lr": self.wd_lr,
+            "compile": self.compile,
+        }
 
 
 @optimizers.register("cosmos")

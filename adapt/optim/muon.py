@@ -64,17 +64,17 @@ class MuonConfig(GroupedConfig):
 
     def group(self) -> dict:
         """Of the matrices, for the Suite."""
-        names = (
-            "momentum",
-            "nesterov",
-            "scale",
-            "momentum_dtype",
-            "sharded",
-            "ns_steps",
-            "ns_coefficients",
-            "ns_dtype",
-        )
-        return {"algorithm": "muon"} | {name: getattr(self, name) for name in names}
+        return {
+            "algorithm": "muon",
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "scale": self.scale,
+            "momentum_dtype": self.momentum_dtype,
+            "sharded": self.sharded,
+            "ns_steps": self.ns_steps,
+            "ns_coefficients": self.ns_coefficients,
+            "ns_dtype": self.ns_dtype,
+        }
 
 
 @optimizers.register("muon")

@@ -20,6 +20,8 @@ from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients: the steepest slope at zero that keeps singular values near one."""
+LOOPED = frozenset({"cpu"})
+"""Devices where a product per matrix is faster than a batched one."""
 SLIM = 1.25
 """Longer side over shorter from which the Gram form costs less than the direct one, counted in multiplications."""
 BLOCK = 144
@@ -37,9 +39,9 @@ def orthogonalise(
     """`x` [..., m, n] with its singular values driven to about one, in `dtype`; the scale of `x` does not matter.
 
     A matrix whose Frobenius norm is at most `floor` [...] becomes zero: with floor=None that is the zero matrix alone.
-    A batch is one product per step on an accelerator and a loop on the CPU, where batched products are slower.
+    A batch is one product per step, but for devices in LOOPED.
     """
-    if x.ndim > 2 and x.device.type == "cpu":
+    if x.ndim > 2 and x.device.type in LOOPED:
         floors = [None] * math.prod(x.shape[:-2]) if floor is None else floor.flatten()
         done = [
             orthogonalise(one, steps=steps, coefficients=coefficients, dtype=dtype, floor=least)

@@ -56,8 +56,16 @@ class SoapConfig(GroupedConfig):
 
     def group(self) -> dict:
         """Of the matrices, for the Suite."""
-        names = ("beta1", "beta2", "shampoo_beta", "eps", "precondition_frequency", "max_precond_dim", "sides")
-        return {"algorithm": "soap"} | {name: getattr(self, name) for name in names}
+        return {
+            "algorithm": "soap",
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "shampoo_beta": self.shampoo_beta,
+            "eps": self.eps,
+            "precondition_frequency": self.precondition_frequency,
+            "max_precond_dim": self.max_precond_dim,
+            "sides": self.sides,
+        }
 
 
 @optimizers.register("soap")

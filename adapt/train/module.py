@@ -15,6 +15,7 @@ from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
 from adapt.objectives.base import Objective
+from adapt.optim.exchange import traffic
 from adapt.optim.following import Following
 from adapt.optim.state_bytes import state_bytes
 from adapt.train.frozen_rows import FrozenRows
@@ -58,7 +59,7 @@ class Stage(L.LightningModule):
         self.microbatch, self.total_steps, self.flag, self.hooks = microbatch, total_steps, flag, hooks
         self.following, self.ready_optimizer, self.frozen = following, optimizer, frozen
         self.rows_per_step = recipe.trainer.batch_tokens // recipe.data.seq_len
-        self.since = (time.perf_counter(), state.tokens)
+        self.since, self.sent = (time.perf_counter(), state.tokens), traffic.total()
         self.measured = state.stage_step > 0  # a run that goes on has told it
 
     def configure_model(self) -> None:
@@ -121,6 +122,8 @@ class Stage(L.LightningModule):
     def _log(self, result: Any, hyper: dict[str, float]) -> None:
         now, (then, tokens) = time.perf_counter(), self.since
         self.since = (now, self.state.tokens)
+        steps, sent = max(1, (self.state.tokens - tokens) // self.recipe.trainer.batch_tokens), traffic.total()
+        moved, self.sent = {"optimizer_mb_sent": (sent - self.sent) / steps / 1e6} if traffic else {}, sent
         values = {
             "stage": self.state.stage,
             "tokens": self.state.tokens,
@@ -130,6 +133,7 @@ class Stage(L.LightningModule):
             "grad_norm": float(result.grad_norm),
             "tokens_per_s": (self.state.tokens - tokens) / max(1e-9, now - then),
             **result.info,
+            **moved,
             "time": time.time(),
         }
         self.hooks.log(values)

@@ -367,3 +367,27 @@ def test_many_matrices_at_once_step_as_each_alone(monkeypatch):
     run(together, [gradients(shape, 3, seed=i) for i, shape in enumerate(shapes)])
     for a, b in zip(alone.param_groups[0]["params"], together.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_invariant_22_a_new_rate_compiles_nothing_anew(monkeypatch):
+    """Compiled functions take rates and bias corrections as tensors; and they step as the others do."""
+    from torch._dynamo.utils import counters
+
+    from adapt.optim.algorithms import cosmos as module
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: whole(f, backend="eager", **kwargs))
+    module._compiled.cache_clear()
+    shape = (32, 40)
+    plain, optimizer = made([shape], init="svd"), made([shape], init="svd", compile=True)
+    frames = []
+    for step, g in enumerate(gradients(shape, 5)):
+        for one in (plain, optimizer):
+            one.param_groups[0]["lr"] = 0.1 / (1 + step)
+            run(one, [[g]])
+        frames.append(counters["stats"]["unique_graphs"])
+    module._compiled.cache_clear()
+    assert frames[0] > 0
+    assert frames[1:] == [frames[1]] * 4
+    a, b = (o.param_groups[0]["params"][0] for o in (plain, optimizer))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

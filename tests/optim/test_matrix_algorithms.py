@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from adapt.optim import newton_schulz
 from tests.optim.suites import SHAPES, close, gradients, steps, suite, weights
 
-NAMES = ["muon", "soap"]
+NAMES = ["muon", "soap", "cosmos"]
 
 
 def copies(parameters):
@@ -53,7 +54,7 @@ def test_gradients_are_left_as_they_are(name):
 def test_a_rate_of_tensor_type_is_the_rate(name):
     ours, theirs = weights(), weights()
     one, other = suite(name, ours, lr=0.01, weight_decay=0.1), suite(name, theirs, lr=0.01, weight_decay=0.1)
-    one.param_groups[0]["lr"] = torch.tensor(0.01)
+    one.param_groups[0]["lr"] = torch.tensor(one.param_groups[0]["lr"])
     before = copies(ours)
     steps(one, 0, 3)
     steps(other, 0, 3)
@@ -118,16 +119,13 @@ def test_state_is_contiguous_and_holds_nothing_else_alive(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_batched_steps_equal_looped_ones(name, monkeypatch):
     """What an accelerator runs, here on the CPU: matrices of one shape stacked, and stepped by one call."""
-    from adapt.optim.algorithms import muon, soap
-
-    module = {"muon": muon, "soap": soap}[name]
     shapes = [*SHAPES[:3], *SHAPES[:3]]
     ours, theirs = weights(shapes), weights(shapes)
     before = copies(ours)
     one, other = suite(name, ours), suite(name, theirs)
     for first, last in ((0, 1), (1, 12)):
-        for optimizer, alone in ((other, True), (one, False)):
-            monkeypatch.setattr(module, "ALONE", alone)
+        for optimizer, looped in ((other, {"cpu"}), (one, set())):
+            monkeypatch.setattr(newton_schulz, "LOOPED", looped)
             steps(optimizer, first, last)
         for parameter, twin in zip(ours, theirs, strict=True):
             for key in one.state[parameter].keys() & {"basis_left", "basis_right"}:

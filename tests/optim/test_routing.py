@@ -28,7 +28,7 @@ def algorithm_of(optimizer) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["adamw", "cosmos"])
+@pytest.mark.parametrize("name", ["adamw", "cosmos", "muon", "soap"])
 def test_invariant_18_every_parameter_exactly_once(family, tied, name):
     model = tiny.tiny_model(family, tie_word_embeddings=tied)
     optimizer = built(model, name)
@@ -36,7 +36,7 @@ def test_invariant_18_every_parameter_exactly_once(family, tied, name):
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(listed) == sorted(n for n, _ in model.named_parameters())
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
-    expected = "cosmos" if name == "cosmos" else "adamw"
+    expected = name
     for n, algorithm in algorithm_of(optimizer).items():
         assert algorithm == (expected if n.endswith("proj.weight") else "adamw"), n
     of = roles(model)

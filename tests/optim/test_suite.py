@@ -16,7 +16,7 @@ from adapt.train.fit import fit
 from adapt.train.root import Root
 from tests import tiny
 from tests.recipes import tiny_recipe
-from tests.train.test_fit import assert_same_run, poison, stop_after, weights
+from tests.train.test_fit import assert_same_run, launch, losses, poison, stop_after, weights
 
 COSMOS = {"name": "cosmos", "lr": 1e-3, "rank": 8}
 
@@ -90,6 +90,30 @@ def test_invariant_13_runs_resume_bit_for_bit(tmp_path, monkeypatch):
         fit(resolve(broken))
     fit(resolve(broken), "yes")
     assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "broken")
+
+
+def test_two_ranks_equal_one_and_resume_on_one(tiny_base, tmp_path):
+    """FSDP2 through the real command: one process' trajectory within float32 noise, and a run that two ranks left goes
+    on on one."""
+    over = {"optimizer": {**COSMOS, "init": "svd"}, "evaluation": {"suites": []}, "generation": {"prompts": []}}
+    trainer = {"steps": 3, "batch_tokens": 256, "microbatch": 1}
+    one = tiny_recipe(tiny_base, tmp_path, run={"name": "one"}, trainer=trainer, **over)
+    fit(resolve(one))
+    for name, limit in (("two", None), ("moved", "00:00:00")):
+        recipe = tiny_recipe(tiny_base, tmp_path, run={"name": name}, trainer={**trainer, "devices": 2}, **over)
+        recipe["trainer"]["max_time"] = limit
+        done = launch(recipe, tmp_path)
+        assert done.returncode == (75 if limit else 0), done.stderr
+        assert done.stdout.count("role  ") == 1, "the routing table, once"
+    recipe["trainer"] |= {"devices": 1, "max_time": None}
+    fit(resolve(recipe), "yes")
+    runs = tmp_path / "runs"
+    a, x = losses(runs / "one"), weights(runs / "one")
+    for name in ("two", "moved"):
+        b, y = losses(runs / name), weights(runs / name)
+        assert a.keys() == b.keys()
+        assert max(abs(a[s] - b[s]) for s in a) < 2e-5 * max(a.values())
+        assert max((x[k] - y[k]).abs().max() for k in x) < 1e-4
 
 
 @pytest.mark.parametrize(

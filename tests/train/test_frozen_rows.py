@@ -42,6 +42,11 @@ def adamw(model):
     return entry.factory(entry.config_type(lr=0.01, weight_decay=0.5, decay_embeddings=True), model)
 
 
+def cosmos(model):
+    entry = optimizers["cosmos"]
+    return entry.factory(entry.config_type(lr=0.01, rank=8, weight_decay=0.5, decay_embeddings=True), model)
+
+
 def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
 
@@ -57,7 +62,7 @@ def step(model, optimizer, frozen: FrozenRows) -> torch.Tensor:
     return norm
 
 
-@pytest.mark.parametrize("make", [adamw, sgd])
+@pytest.mark.parametrize("make", [adamw, cosmos, sgd])
 def test_invariant_13_old_rows_stay_and_new_rows_move(make, tied):
     """10 steps with weight decay on the very parameters, with moments from steps in which all rows trained."""
     model = tiny.tiny_model(tie_word_embeddings=tied).train()

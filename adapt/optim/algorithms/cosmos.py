@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adapt.optim import basis, matrices
+from adapt.optim import basis, matrices, newton_schulz
 from adapt.optim.algorithms import local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts
@@ -120,10 +121,11 @@ class Cosmos:
 
     def _step_gathered(self, parameter: Tensor, gradient: Tensor | None, state: dict[str, Tensor], group) -> None:
         """The whole step on every rank: what a sharding without whole rows needs, and what the others are tested by."""
-        grad = None if gradient is None else matrices.gathered(gradient)
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient  # the other ranks may have theirs
+        grad = matrices.gathered(gradient)
         value, copies = matrices.gathered(parameter), {key: matrices.gathered(v) for key, v in state.items()}
-        ranks = parameter.device_mesh.size()
-        moved = sum(local(t).nbytes for t in (parameter, state["exp_avg"], *([] if gradient is None else [gradient])))
+        ranks, sharded = parameter.device_mesh.size(), (parameter, gradient, *state.values())
+        moved = sum(local(t).nbytes for t in sharded if hasattr(t, "placements"))
         traffic["all_gather"] += moved * (ranks - 1)
         parts = Parts.of(value, group.get("split", ()), _flipped(group))
         self._step_all(list(_matrices(parts, value, value, grad, copies, group)), group)
@@ -164,7 +166,7 @@ def _chunks(bucket: list[Matrix]) -> Iterator[list[Matrix]]:
     """A few matrices at a time: what is whole anywhere is bounded. On the CPU batched products are slower than a loop."""
     first = bucket[0]
     size = CHUNK_BYTES * first.grid.ranks // (4 * first.m * first.n)
-    if first.value.device.type == "cpu" and first.grid.ranks == 1:
+    if first.value.device.type in newton_schulz.LOOPED and first.grid.ranks == 1:
         size = 1
     for start in range(0, len(bucket), max(1, size)):
         yield bucket[start : start + max(1, size)]
@@ -184,31 +186,29 @@ class Chunk:
         self.ns_dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         if group["ns_dtype"] != "auto":
             self.ns_dtype = getattr(torch, group["ns_dtype"])
+        self.run = _compiled if group["compile"] else (lambda function: function)
 
     def step(self) -> None:
         items, group = self.items, self.group
-        beta1, beta2, eps = group["beta1"], group["beta2"], group["eps"]
+        beta1, beta2 = group["beta1"], group["beta2"]
         beta3 = beta2 if group["beta3"] is None else group["beta3"]
         c1, c2 = self._corrections(beta1, beta2)
         g = torch.stack([self._gradient(one) for one in items])
         momenta = [one.momentum for one in items]
         torch._foreach_mul_(momenta, beta1)
         torch._foreach_add_(momenta, list(g.to(momenta[0].dtype).unbind()))
-        m = torch.stack(momenta).float()
-        h = (g + beta1 * m) / (1 + beta1 * c1) if group["nesterov"] else m / c1
+        h, hh = self.run(_read_out)(g, torch.stack(momenta).float(), c1, beta1, group["nesterov"])
 
         u, s = self._turn(g, beta3)
         p = g @ u
-        inner, size = self._inner(p, h)
+        inner, size = self._inner(p, hh)
         s = s + (1 - beta3) * inner
         v = beta2 * torch.stack([one.second for one in items]) + (1 - beta2) * p * p
         self._keep(u, (s + s.mT) / 2, v)
 
-        root = (((v + eps) / c2).sqrt()) if group["eps_inside"] else (v / c2).sqrt() + eps
-        hu = h @ u
-        a = hu / root  # A = a U'
-        b = self._muon(h - hu @ u.mT, (GATE if momenta[0].dtype == torch.float32 else GATE_BF16) * size.sqrt(), u)
-        self._apply(a, b, u)
+        a, rest = self.run(_divided)(h, u, v, c2, group["eps"], group["eps_inside"])
+        floor = (GATE if momenta[0].dtype == torch.float32 else GATE_BF16) * size.sqrt()
+        self._apply(a, self._muon(rest, floor, u), u)
 
     def _gradient(self, one: Matrix) -> Tensor:
         return torch.zeros_like(one.momentum, dtype=torch.float32) if one.gradient is None else one.gradient.float()
@@ -253,10 +253,9 @@ class Chunk:
             dist.all_reduce(found, group=self.grid.across_replicas)
         return found
 
-    def _inner(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _inner(self, p: Tensor, hh: Tensor) -> tuple[Tensor, Tensor]:
         """P'P [k, r, r] and |H|^2 [k], in one message."""
-        both = torch.cat([(p.mT @ p).flatten(1), (h * h).sum((1, 2)).unsqueeze(1)], dim=1)
-        both = self._total(both)
+        both = self._total(torch.cat([(p.mT @ p).flatten(1), hh.unsqueeze(1)], dim=1))
         return both[:, :-1].unflatten(1, (self.r, self.r)), both[:, -1]
 
     def _keep(self, u: Tensor, s: Tensor, v: Tensor) -> None:
@@ -284,18 +283,46 @@ class Chunk:
         return self.ns_dtype if self.grid.ranks > 1 else torch.float32
 
     def _apply(self, a: Tensor, b: Tensor, u: Tensor) -> None:
-        group, eps, scale = self.group, self.group["eps"], (self.m * self.n) ** 0.5
-        sums = torch.stack([(a * a).sum((1, 2)), (b * b).sum((1, 2)), (a * (b @ u)).sum((1, 2))])
-        aa, bb, ab = self._total(sums)
-        weight = group["gamma"] * scale / (bb.sqrt() + eps)
-        size = (aa + 2 * weight * ab + weight * weight * bb).clamp_min(0).sqrt()
-        d = weight.view(-1, 1, 1) * b + a @ u.mT
-        d = d * (-group["lr"] * scale / (size + eps)).view(-1, 1, 1)
+        group, rate = self.group, self.group["lr"]
+        sums = self._total(self.run(_products)(a, b, u))
+        rate = rate if isinstance(rate, Tensor) else torch.tensor(rate)  # a number would be compiled in
+        d = self.run(_update)(a, b, u, sums, rate, group["gamma"], (self.m * self.n) ** 0.5, group["eps"])
         values = [one.value for one in self.items]
         ratio = group["base_lr_ratio"] if group["wd_lr"] == "base" else 1.0
         if group["weight_decay"]:
             torch._foreach_mul_(values, 1 - group["lr"] * ratio * group["weight_decay"])
         torch._foreach_add_(values, list(d.to(values[0].dtype).unbind()))
+
+
+def _read_out(g: Tensor, m: Tensor, c1: Tensor, beta1: float, nesterov: bool) -> tuple[Tensor, Tensor]:
+    """H [k, rows, n], its weights of all gradients summing to one, and |H|^2 [k] of these rows."""
+    h = (g + beta1 * m) / (1 + beta1 * c1) if nesterov else m / c1
+    return h, (h * h).sum((1, 2))
+
+
+def _divided(h: Tensor, u: Tensor, v: Tensor, c2: Tensor, eps: float, inside: bool) -> tuple[Tensor, Tensor]:
+    """A U of the Adam part A [k, rows, r], and the rest of H outside the basis."""
+    hu = h @ u
+    root = ((v + eps) / c2).sqrt() if inside else (v / c2).sqrt() + eps
+    return hu / root, h - hu @ u.mT
+
+
+def _products(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    """|A|^2, |B|^2 and <A, B> of these rows, [3, k]."""
+    return torch.stack([(a * a).sum((1, 2)), (b * b).sum((1, 2)), (a * (b @ u)).sum((1, 2))])
+
+
+def _update(a, b, u, sums: Tensor, rate: Tensor, gamma: float, scale: float, eps: float) -> Tensor:
+    """What is added to W."""
+    aa, bb, ab = sums
+    weight = gamma * scale / (bb.sqrt() + eps)
+    size = (aa + 2 * weight * ab + weight * weight * bb).clamp_min(0).sqrt()
+    return (weight.view(-1, 1, 1) * b + a @ u.mT) * (-rate * scale / (size + eps)).view(-1, 1, 1)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 algorithm = Cosmos()

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt.optim import matrices
+from adapt.optim import matrices, newton_schulz
 from adapt.optim.algorithms import local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts
 from adapt.optim.newton_schulz import flops, orthogonalise
 
-ALONE = True
-"""On the CPU, one matrix at a time where it is whole: batched products are slower there."""
 CHUNK_BYTES = 2**28
 """Of float32 rows that one rank sends to owners at once; one such chunk is in flight while the one before is computed."""
 SCALES = {
@@ -101,18 +99,18 @@ def _step_all(here: list[Matrix], group: dict[str, Any]) -> None:
     buckets: dict[tuple, list[Matrix]] = {}
     for one in here:
         buckets.setdefault(one.alike(), []).append(one)
-    chunks = [chunk for bucket in buckets.values() for chunk in _chunks(bucket)]
-    coming = _Sent(chunks[0], group) if chunks else None
-    for following in [*chunks[1:], None]:
-        sent, coming = coming, None if following is None else _Sent(following, group)
-        sent.finish()
+    coming = None
+    for chunk in [*(chunk for bucket in buckets.values() for chunk in _chunks(bucket)), None]:
+        sent, coming = coming, None if chunk is None else _Sent(chunk, group)
+        if sent is not None:
+            sent.finish()
 
 
 def _chunks(bucket: list[Matrix]) -> Iterator[list[Matrix]]:
     """On the CPU one whole matrix at a time: batched products are slower there."""
     first = bucket[0]
     size = max(1, CHUNK_BYTES * first.grid.ranks // max(1, 4 * first.m * first.n))
-    if ALONE and first.value.device.type == "cpu" and first.grid.ranks == 1:
+    if first.value.device.type in newton_schulz.LOOPED and first.grid.ranks == 1:
         size = 1
     for start in range(0, len(bucket), size):
         yield bucket[start : start + size]

@@ -9,7 +9,8 @@ gradient is never rotated by a basis it has shaped. M and V are kept in the basi
 (the authors rotate it there and back at every step, which is the identity in between), V has its entries permuted only.
 
 Everything is kept by rows: M, V and L, Q_L as the parameter's, R, Q_R by theirs. An owner has a matrix and its state whole
-while it steps, and sends rows of what has changed back; no rank ever holds more than its share and one chunk.
+while it steps, and sends rows of what has changed back; no rank ever holds more than its share and one chunk. Per rank
+and matrix that is 4 (6mn + 3m² + 3n²)(W-1)/W² bytes a step on W ranks, and 4 (m² + n²)(W-1)/W² more in a step that turns.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt.optim import matrices
+from adapt.optim import matrices, newton_schulz
 from adapt.optim.algorithms import local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts, Piece
 from adapt.optim.newton_schulz import symmetric
 
-ALONE = True
-"""On the CPU, one matrix at a time where it is whole: batched products are slower there."""
 CHUNK_BYTES = 2**28
 """Of float32 gradients, moments and bases that one rank holds whole at once."""
 LEFT, RIGHT = ("cov_left", "basis_left"), ("cov_right", "basis_right")
@@ -136,7 +135,7 @@ def _step_all(here: list[Matrix], group: dict[str, Any]) -> None:
         first = bucket[0]
         each = 4 * (4 * first.m * first.n + 2 * first.m**2 + 2 * first.n**2)
         size = max(1, CHUNK_BYTES * first.grid.ranks // each)
-        if ALONE and first.held["value"].device.type == "cpu" and first.grid.ranks == 1:
+        if first.held["value"].device.type in newton_schulz.LOOPED and first.grid.ranks == 1:
             size = 1
         for start in range(0, len(bucket), size):
             _step_chunk(bucket[start : start + size], group)
@@ -155,7 +154,7 @@ def _step_chunk(items: list[Matrix], group: dict[str, Any]) -> None:
         if key != "value"
     }
     whole = {key: arrive() for key, arrive in coming.items()}
-    alone = ALONE and first.held["value"].device.type == "cpu"
+    alone = first.held["value"].device.type in newton_schulz.LOOPED
     batches = [slice(i, i + 1) for i in range(len(whole["gradient"]))] if alone else [slice(None)]
     update = torch.empty_like(whole["gradient"]) if first.calls else None
     for batch in batches:
@@ -165,7 +164,9 @@ def _step_chunk(items: list[Matrix], group: dict[str, Any]) -> None:
         else:
             update[batch] = _step_whole(views, first.calls, group)
     turned = first.calls % group["precondition_frequency"] == 0  # the first step included
-    for key in whole.keys() - {"gradient", *(() if turned else ("basis_left", "basis_right"))}:
+    for key in whole:  # in the same order on every rank
+        if key == "gradient" or (key.startswith("basis") and not turned):
+            continue
         _put([one.held[key] for one in items], exchanges[key].to_rows(whole[key]))
     if update is not None:
         values = [one.held["value"] for one in items]
@@ -245,15 +246,15 @@ def _power(cov: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _step_gathered(parameter: Tensor, gradient: Tensor | None, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     """The whole step on every rank, for a sharding without whole rows."""
-    spread = {"value": parameter, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-    moved = sum(local(t).nbytes for t in (*spread.values(), *([] if gradient is None else [gradient])))
+    gradient = torch.zeros_like(parameter) if gradient is None else gradient  # the other ranks may have theirs
+    moved = sum(local(t).nbytes for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"]))
     traffic["all_gather"] += moved * (parameter.device_mesh.size() - 1)
     copies = {key: matrices.gathered(tensor) for key, tensor in state.items()}
-    value, grad = matrices.gathered(parameter), None if gradient is None else matrices.gathered(gradient)
+    value, grad = matrices.gathered(parameter), matrices.gathered(gradient)
     _step_all(list(_matrices(_parts(value, group), value, grad, copies, group)), group)
     matrices.put_back(value, parameter)
-    for key in copies.keys() - {"step"}:
-        matrices.put_back(copies[key], state[key])
+    for key, copy in copies.items():
+        matrices.put_back(copy, state[key])
 
 
 algorithm = Soap()
