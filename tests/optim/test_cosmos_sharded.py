@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,16 +31,15 @@ CASES = {
 }
 
 
-def ranks(size: int, check, *args) -> list:
+def ranks(folder: Path, size: int, check, *args) -> list:
     """What `check(rank, size, *args)` gives on each of `size` gloo processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        on_ranks(size, Path(folder), _keep, Path(folder), check, args)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+    on_ranks(size, folder, _keep, folder, check, args)
+    return [torch.load(folder / f"{rank}-of-{size}.pt") for rank in range(size)]
 
 
 def _keep(folder: Path, check, args) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    torch.save(check(rank, size, *args), folder / f"{rank}.pt")
+    torch.save(check(rank, size, *args), folder / f"{rank}-of-{size}.pt")
 
 
 def mesh_of(size: int, replicas: int):
@@ -133,8 +131,8 @@ def sent(found: list[dict], name: str, kind: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
-    return ranks(2, all_cases, 1, list(CASES))
+def two_ranks(tmp_path_factory):
+    return ranks(tmp_path_factory.mktemp("two"), 2, all_cases, 1, list(CASES))
 
 
 def test_invariant_11_two_ranks_are_one(two_ranks):
@@ -160,9 +158,9 @@ def four(rank: int, size: int) -> list[dict]:
     return [all_cases(rank, size, replicas, FOUR) for replicas in (1, 2)]
 
 
-def test_invariant_11_four_ranks_with_empty_shards_are_one_and_so_are_replicas():
+def test_invariant_11_four_ranks_with_empty_shards_are_one_and_so_are_replicas(tmp_path):
     """Four shards of which some are empty, then two replicas of two, which share Newton-Schulz."""
-    found = ranks(4, four)
+    found = ranks(tmp_path, 4, four)
     for which in (0, 1):
         assert_close([rank[which] for rank in found], FOUR)
     one, two = (sent([rank[which] for rank in found], "owners", "all_to_all") for which in (0, 1))
@@ -183,8 +181,8 @@ def partly_missing(rank: int, size: int) -> list[torch.Tensor]:
     return [p.full_tensor().detach() for p in parameters]
 
 
-def test_invariant_12_gradients_missing_on_some_ranks_count_as_zeros():
-    found = ranks(2, partly_missing)
+def test_invariant_12_gradients_missing_on_some_ranks_count_as_zeros(tmp_path):
+    found = ranks(tmp_path, 2, partly_missing)
     optimizer = made(SHAPES, init="svd")
     parameters = optimizer.param_groups[0]["params"]
     for step in range(STEPS):
@@ -262,10 +260,12 @@ def go_on(rank: int, size: int, folder: str) -> list[dict]:
 def test_invariant_13_checkpoints_reshard_to_another_number_of_ranks(tmp_path):
     """Saved on two ranks, read on two (bit for bit, and so goes on), on one and on four: the same state exactly, and
     the same steps after it within float32 noise."""
-    saved = ranks(2, save_two_steps, str(tmp_path))
+    saved = ranks(tmp_path, 2, save_two_steps, str(tmp_path))
     assert saved[0][0].keys() == saved[1][0].keys()
     for size in (1, 2, 4):
-        found = go_on(0, 1, str(tmp_path)) if size == 1 else ranks(size, go_on, str(tmp_path))[-1]
+        here = tmp_path / str(size)
+        here.mkdir()
+        found = go_on(0, 1, str(tmp_path)) if size == 1 else ranks(here, size, go_on, str(tmp_path))[-1]
         assert found[0].keys() == saved[0][0].keys()
         for name, value in saved[0][0].items():
             assert torch.equal(found[0][name], value), name
