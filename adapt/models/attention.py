@@ -198,12 +198,15 @@ def hidden_states(
 
     The 4-D placeholder makes transformers leave masks alone (it returns 4-D masks as they are); the plan does the work.
     """
-    out = model.get_decoder()(
+    decoder = model.get_decoder()
+    more = {"layout": layout} if getattr(decoder, "reads_layout", False) else {}
+    out = decoder(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=input_ids.new_zeros(input_ids.shape[0], 1, 1, 1, dtype=torch.bool),
         plan=make_plan(layout, backend),
         use_cache=False,
+        **more,
     )
     return out.last_hidden_state
 

@@ -24,7 +24,7 @@ from adapt.train.trainable import select
 def build_student(recipe: Recipe, tokenizer) -> nn.Module:
     """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one."""
     model = load_model(recipe)
-    apply_conversions(recipe, model, tokenizer)
+    model = apply_conversions(recipe, model, tokenizer)
     if recipe.trainable.lora is not None:
         torch.manual_seed(recipe.run.seed)  # the same adapters on every rank
         model = add_lora(model, recipe.trainable.lora)
