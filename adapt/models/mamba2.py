@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import gated_linear_attention
+from .kernels import state_space
 from .linear_mixer import LinearMixer
 from .short_convolution import ShortConvolution
 from .tokens import Tokens
@@ -105,9 +105,9 @@ class Mamba2Recurrence(nn.Module):
         dt = dt.transpose(1, 2)[..., None]  # [B, H, S, 1]
         if tokens.keep is not None:
             dt = dt * tokens.keep[:, None, :, None]
-        g = -self.A_log.to(x.dtype).exp()[:, None, None] * dt
-        out, state = gated_linear_attention(
-            C, B, dt * values, g, segments=tokens.segments, state=states.get("state"), chunk=self.options.chunk
+        A = -self.A_log.to(x.dtype).exp()
+        out, state = state_space(
+            values, dt, A, B, C, tokens=tokens, state=states.get("state"), chunk=self.options.chunk
         )
         out = (out + self.D.to(x.dtype)[:, None, None] * values).transpose(1, 2)
         z = F.linear(x, self.z_weight.to(x.dtype), self.z_bias.to(x.dtype))

@@ -37,6 +37,12 @@ class AttentionTransferConfig:
         if not any(c.declares("transfers") for c in recipe.model.conversions):
             what = "attention_transfer teaches converted layers, and model.conversions makes none; add lawcat or mamba2"
             yield Problem("objective", what)
+        if recipe.trainable.include == ("*",):
+            what = (
+                "['*'] promises that everything trains, and attention_transfer gives a gradient to nothing but what "
+                "conversions created: trainable.include=['*.recurrence.*']"
+            )
+            yield Problem("trainable.include", what)
 
 
 class AttentionTransfer:

@@ -87,12 +87,14 @@ def test_the_transfer_loss_is_the_error_of_the_heads(batch):
 def test_transfer_and_distillation_need_what_they_learn_from(tiny_base, tmp_path):
     over = {"evaluation": {"suites": []}, "generation": {"samplers": ["ar"]}}
     lost = tiny_recipe(tiny_base, tmp_path, objective={"name": "attention_transfer"}, **over)
-    assert any("model.conversions makes none" in p.what for p in problems(resolve(lost)))
+    found = problems(resolve(lost))
+    assert any("model.conversions makes none" in p.what for p in found)
+    assert any(p.where == "trainable.include" and "*.recurrence.*" in p.what for p in found)
     alone = tiny_recipe(tiny_base, tmp_path, objective={"name": "logit_distillation"}, **over)
     assert any(p.where == "teacher" for p in problems(resolve(alone)))
     nothing = alone | {"objective": {"name": "logit_distillation", "kl": 0.0}, "teacher": {"base": "self"}}
     assert any("nothing would be distilled" in p.what for p in problems(resolve(nothing)))
-    negative = alone | {"objective": {"name": "attention_transfer", "scale": 0.0}}
+    negative = alone | {"objective": {"name": "attention_transfer", "scale": 0.0}, "teacher": None}
     assert any(p.where == "objective.scale" for p in problems(resolve(negative)))
 
 

@@ -123,6 +123,25 @@ def test_invariant_14_the_folder_says_what_it_is(run):
     assert "attention" not in code, "training's packed attention stays at home"
 
 
+def test_invariant_15_merging_adapters_keeps_the_logits():
+    import copy
+
+    from adapt.config.schema import Lora
+    from adapt.pretrained.lora import add_lora, merge_lora
+    from tests.models.linear import ids, student
+
+    model = add_lora(student(), Lora(rank=4, targets=("q_proj", "k_proj", "v_proj", "o_proj")))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+        model = model.double().eval()
+        before = model(ids(2, 40)).logits
+        merged = merge_lora(copy.deepcopy(model))(ids(2, 40)).logits
+        torch.testing.assert_close(merged, before, atol=1e-11, rtol=1e-11)
+        assert (before - student()(ids(2, 40)).logits).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("change", ["lost", "extra"])
 def test_invariant_14_weights_that_do_not_fit_are_refused(change, run, tmp_path):
     for file in (run / "export").iterdir():
