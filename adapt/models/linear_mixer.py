@@ -18,6 +18,25 @@ from .state_cache import StateLayer
 from .tokens import Tokens
 
 
+PIECE = 4096
+"""Tokens that a prefill computes at a time: what stands between the projections stays small however long a prompt is."""
+
+
+def in_pieces(recurrence: nn.Module, x, q, k, v, rotary, tokens: Tokens, states: Any) -> tuple[Tensor, Any]:
+    """`recurrence(...)`, without gradients piece by piece from state to state: the same function. Packed rows are
+    whole: their documents end within them."""
+    if torch.is_grad_enabled() or x.shape[1] <= PIECE or tokens.segments is not None:
+        return recurrence(x, q, k, v, rotary, tokens, states)
+    parts, (cos_sin, rotate) = [], rotary
+    for start in range(0, x.shape[1], PIECE):
+        at = slice(start, start + PIECE)
+        angles = tuple(t[:, at] for t in cos_sin)
+        part = Tokens(keep=None if tokens.keep is None else tokens.keep[:, at])
+        heads, states = recurrence(*(t[:, at] for t in (x, q, k, v)), (angles, rotate), part, states)
+        parts.append(heads)
+    return torch.cat(parts, 1), states
+
+
 class LinearMixer(nn.Module):
     """`recurrence`: a module called as `(x, q, k, v, rotary, tokens, states) -> (heads, states)` with x [B, S, D],
     q [B, S, H, d], k and v [B, S, G, d], heads [B, S, H, d]. Its states are {name: [B, ...]} of a size that does not
@@ -65,7 +84,7 @@ class LinearMixer(nn.Module):
         if transfer is not None:
             return self._taught(hidden_states, q, k, v, rotary, tokens, transfer, attention_mask, plan)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        heads, states = self.recurrence(hidden_states, q, k, v, rotary, tokens, layer and layer.states)
+        heads, states = in_pieces(self.recurrence, hidden_states, q, k, v, rotary, tokens, layer and layer.states)
         if layer is not None:
             layer.advance(states, hidden_states.shape[1])
         return self.o_proj(heads.flatten(2).to(hidden_states.dtype)), None
