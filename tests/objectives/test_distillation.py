@@ -134,3 +134,18 @@ def test_a_teacher_gets_no_gradient(batch, pair):
     found["kl"].backward()
     assert all(p.grad is None for p in pair.teacher.parameters())
     assert pair.student.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("mixer", ["gated_linear", "mamba2"])
+def test_transfer_with_recomputed_activations_is_the_same(mixer, batch):
+    """The layer's errors leave it beside its output, and both are recomputed."""
+    rows, found = (batch.input_ids, batch.position_ids, Layout.causal(batch.doc_ids, batch.position_ids)), []
+    for recomputed in (False, True):
+        model = attention.use(student(mixer, dtype=torch.float32)).train()
+        if recomputed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        errors = attention.decode(model, *rows, transfer=torch.ones(batch.input_ids.shape)).errors
+        sum(e[0] for e in errors.values()).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], grad) for name, grad in found[1].items())
