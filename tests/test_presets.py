@@ -32,7 +32,8 @@ def test_shipped_recipes_validate(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in shipped_recipes() if not n.startswith("paper/")])
 def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
-    shipped = encode(load(name).recipe)
+    resolved = load(name)
+    shipped = encode(resolved.recipe)
     recipe = tiny_recipe(tiny_base, tmp_path)
     recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part) for part in ("train", "eval")}
     recipe["objective"] = shrunk(shipped["objective"])
@@ -41,6 +42,9 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     recipe["teacher"] = shipped["teacher"]
     recipe["export"] |= {"interpolation": shipped["export"]["interpolation"]}
     recipe["generation"] |= {"samplers": shipped["generation"]["samplers"]}
+    recipe["model"]["conversions"] += mixers(shipped["model"]["conversions"])
+    recipe["stages"] = [stage | {"trainer": {"steps": 3}} for stage in resolved.plain.get("stages") or []]
+    recipe["trainable"] = {key: shipped["trainable"][key] for key in ("include", "exclude", "lora")}
     recipe["trainer"]["steps"] = 3
     assert fit(resolve(recipe)) == 0
     run = tmp_path / "runs" / "tiny"
@@ -80,6 +84,11 @@ def test_tiny_twins_of_all_arms_train_and_are_compared(name, tiny_base, tmp_path
         assert [line["loss"] for line in lines if line.get("loss") is not None]
         assert set(resolved.recipe.optimizer_schedules) <= {key for line in lines for key in line}
         assert (folder / arm / "export" / "config.json").is_file()
+
+
+def mixers(shipped: list[dict]) -> list[dict]:
+    """Conversions of layers as they are, on two of them."""
+    return [c | ({"keep": "every_2"} if c["keep"] != "none" else {}) for c in shipped if "keep" in c]
 
 
 def sources(shipped: list[dict], folder, part: str) -> list[dict]:

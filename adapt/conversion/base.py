@@ -22,8 +22,8 @@ class Conversion(Protocol):
 
         The tokenizer is null where it cannot be reached. Raises UserError for what can never work."""
 
-    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-        """The same change on the real model and tokenizer, in place."""
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel | None:
+        """The same change on the real model and tokenizer: in place, or by returning another model with its weights."""
 
 
 def plan_conversions(recipe: Recipe, config, tokenizer):
@@ -44,11 +44,12 @@ def planned_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     return plan_conversions(recipe, load_config(recipe.model), tokenizer)[1]
 
 
-def apply_conversions(recipe: Recipe, model, tokenizer) -> None:
-    """All conversions, in place."""
+def apply_conversions(recipe: Recipe, model, tokenizer):
+    """The student: `model` after all conversions, most of which change it in place. The tokenizer is changed, too."""
     for where, conversion in _conversions(recipe):
         with named(where):
-            conversion.apply(model, tokenizer)
+            model = conversion.apply(model, tokenizer) or model
+    return model
 
 
 def _conversions(recipe: Recipe):

@@ -15,6 +15,7 @@ from typing import Any
 
 from adapt.config.schema import Recipe
 from adapt.errors import Problem, UserError
+from adapt.export.code import write_code
 from adapt.export.pieces import copy_model
 from adapt.export.verify import compare, reload
 from adapt.pretrained.cache import new_folder
@@ -73,6 +74,7 @@ def export_folder(
             tokenizer.save_pretrained(folder)
             copy_model(tokenizer, folder)
             _tidy(folder, extra_config, getattr(stock.config, "mask_token_id", None))
+            write_code(folder, stock)
             if "mask_token_id" in extra_config:  # it decodes by block diffusion where adapt is not installed, too
                 (folder / "custom_generate").mkdir()
                 shutil.copyfile(CUSTOM_GENERATE, folder / "custom_generate" / CUSTOM_GENERATE.name)
@@ -110,7 +112,7 @@ def _datasets(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def stock_copy(model, dtype: str, extra_config: dict[str, Any]):
-    """The same weights in `dtype`, in a fresh module of the stock class with a clean config; shares what needs no
+    """The same weights in `dtype` (those the class keeps in float32 stay there), in a fresh module of the stock class with a clean config; shares what needs no
     cast. (`model.to(dtype)` would round the RoPE frequencies, which loading keeps in float32.)"""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -125,7 +127,11 @@ def stock_copy(model, dtype: str, extra_config: dict[str, Any]):
     config.dtype = torch_dtype
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation="sdpa")
-    state = {k: v.detach().to(torch_dtype) for k, v in model.state_dict().items()}
+    wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    state = {
+        name: w.detach().to(torch.float32 if any(part in wide for part in name.split(".")) else torch_dtype)
+        for name, w in model.state_dict().items()
+    }
     missing, unexpected = stock.load_state_dict(state, strict=False, assign=True)
     stock.tie_weights()
     if wrong := [*unexpected, *(k for k in missing if dict(stock.named_parameters())[k].is_meta)]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from adapt.export.code import own_class
 from adapt.pretrained.quiet import quiet
 
 TEXT = (
@@ -26,10 +27,9 @@ def reload(folder: Path, dtype: str):
     import torch
     from transformers import AutoModelForCausalLM
 
+    loader = own_class(folder) or AutoModelForCausalLM
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).eval()
+        return loader.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
 
 
 def compare(reloaded, stock, *, trained, tokenizer) -> dict[str, Any]:

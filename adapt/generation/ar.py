@@ -22,12 +22,10 @@ class ArSampler(BatchSampler):
         self.config = config
 
     def decode(self, model, rows: list[Row], plan) -> None:
-        from transformers import DynamicCache
-
         device, forbidden = device_of(model), getattr(model.config, "mask_token_id", None)
         padded = Padded.of(rows, device)
         ids, positions, real = padded.ids, padded.positions, padded.real
-        cache = DynamicCache(config=model.config)  # sliding windows included
+        cache = None  # the model makes one of its own kind: sliding windows, running states
         while True:
             out = model(
                 input_ids=ids,
@@ -37,7 +35,7 @@ class ArSampler(BatchSampler):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            uniform = None
+            cache, uniform = out.past_key_values, None
             if self.config.temperature > 0:
                 uniform = torch.stack([r.uniform(1) for r in rows]).to(device)
             tokens = propose(out.logits, self.config, uniform, forbidden).tokens  # [R, 1]

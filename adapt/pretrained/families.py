@@ -36,7 +36,7 @@ REASONS = {
 
 def family_problems(config, *, seq_len: int | None = None, trusted: bool = False) -> list[Problem]:
     """`trusted`: the user runs the repository's own code; the start-up probe then judges its attention."""
-    kind = config.model_type
+    kind = family(config)
     problems = []
     remote = trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if kind not in FAMILIES and not remote:
@@ -66,6 +66,11 @@ def family_problems(config, *, seq_len: int | None = None, trusted: bool = False
             )
         )
     return problems
+
+
+def family(config) -> str:
+    """The family whose blocks a model has: its own, or that of the base a student was made of."""
+    return getattr(config, "base_model_type", None) or config.model_type
 
 
 def unsupported(kind: str) -> Problem:

@@ -104,6 +104,10 @@ def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
     form = formats.format_of(folder)
     if form and (problems := formats.layout_problems(form, model, info["unexpected_keys"])):
         raise UserError(problems)
+    if info["unexpected_keys"] and config.model_type == "adapted":
+        extra = ", ".join(sorted(info["unexpected_keys"])[:5])
+        what = f"{recipe.model.base} has weights that its config.token_mixers gives no place: {extra}"
+        raise UserError(Problem("model.base", what))
     if info["unexpected_keys"]:
         log.warning("%s: unused weights %s", recipe.model.base, ", ".join(sorted(info["unexpected_keys"])[:5]))
     return model.to(device).eval()
@@ -205,6 +209,10 @@ def _read_config(folder: Path, model: Model) -> PreTrainedConfig:
         return stock
     if not model.trust_remote_code:
         formats.refuse_other_diffusion(str(raw.get("model_type")))
+    if raw.get("model_type") == "adapted":  # an export of ours
+        from adapt.models.modeling_adapted import register
+
+        register()
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:
