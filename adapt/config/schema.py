@@ -164,7 +164,7 @@ class Trainable:
     """`new`: where the embedding and the head train, only the rows that a conversion filled do (new words, a mask
     token); the others stay as they are, bit for bit."""
     lora: Lora | None = None
-    """Train low-rank adapters on a frozen base; merged at export."""
+    """Train low-rank adapters on a frozen base (and what conversions created); merged at export."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,12 @@ def _start(student: Any, model: Any, seed: int) -> None:
             setattr(student.get_submodule(owner), leaf, theirs[name].detach().clone())
 
 
+def learning_layers(model: Any) -> tuple[int, ...]:
+    """Layers that can learn from the attention they replace (objective `attention_transfer`)."""
+    layers = enumerate(model.get_decoder().layers)
+    return tuple(i for i, layer in layers if getattr(type(layer.self_attn), "learns", False))
+
+
 def created_parameters(model: Any) -> set[str]:
     """Names of the parameters that the base did not have: what a conversion created. Empty for other models."""
     found = set()

@@ -194,13 +194,21 @@ def use(model: nn.Module) -> nn.Module:
 def hidden_states(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout, backend: str = "auto"
 ) -> Tensor:
-    """Final hidden states [B, S, hidden] of a causal LM on rows laid out by `layout`; no logits are formed.
+    """Final hidden states [B, S, hidden] of a causal LM on rows laid out by `layout`; no logits are formed."""
+    return decode(model, input_ids, position_ids, layout, backend).last_hidden_state
+
+
+def decode(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout, backend: str = "auto", **more: Any
+) -> Any:
+    """What the decoder returns on rows laid out by `layout`; `more` goes to its forward.
 
     The 4-D placeholder makes transformers leave masks alone (it returns 4-D masks as they are); the plan does the work.
     """
     decoder = model.get_decoder()
-    more = {"layout": layout} if getattr(decoder, "reads_layout", False) else {}
-    out = decoder(
+    if getattr(decoder, "reads_layout", False):
+        more["layout"] = layout
+    return decoder(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=input_ids.new_zeros(input_ids.shape[0], 1, 1, 1, dtype=torch.bool),
@@ -208,7 +216,6 @@ def hidden_states(
         use_cache=False,
         **more,
     )
-    return out.last_hidden_state
 
 
 def head_weight(model: nn.Module) -> Tensor:

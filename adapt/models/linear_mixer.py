@@ -24,6 +24,7 @@ class LinearMixer(nn.Module):
 
     cache_layer = StateLayer
     created = "recurrence"
+    learns = True
     is_causal = True
     """transformers' attention functions read this, and `scaling`, `num_key_value_groups` and `layer_idx`."""
 

@@ -10,10 +10,11 @@ called with keywords:
     plan                 for packed documents, which attention.py's attention reads (None: the mask counts),
     tokens               documents and padding, for recurrences (tokens.py),
     past_key_values      a cache with `layers[layer_idx]` of the mixer's own `cache_layer` class (None: no cache),
-    transfer [B, S]      weights of tokens while it learns from the attention it replaces (None otherwise)
+    transfer [B, S]      weights of tokens while layers learn from the attention they replace (None otherwise)
 
-and returns (output [B, S, D], errors [2] with `transfer`, anything without). Class attributes: `cache_layer`, what it
-keeps while decoding; `created`, the submodule that holds what the base did not have (kept in float32).
+and returns (output [B, S, D], anything). Class attributes: `cache_layer`, what it keeps while decoding; `created`, the
+submodule that holds what the base did not have (kept in float32); `learns`: with `transfer`, the output is the
+attention's, and the second value the errors [2] of linear_mixer.py, the only ones with a gradient.
 
 Legend: B rows, S tokens, D hidden size.
 """
@@ -74,7 +75,8 @@ class AdaptedLayer(GradientCheckpointingLayer):
             mixed, errors = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **own, **kwargs)
             hidden_states = hidden_states + mixed
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states, errors) if own and transfer is not None else hidden_states
+        learns = transfer is not None and getattr(self.self_attn, "learns", False)
+        return (hidden_states, errors) if learns else hidden_states
 
 
 class AdaptedPreTrainedModel(PreTrainedModel):

@@ -33,6 +33,8 @@ class Facts:
     """Which ids are special and which are text; None where a model is only measured."""
     positions: int | None = None
     """Longest row the model has positions for; None: no limit that is known."""
+    learning: tuple[int, ...] = ()
+    """Layers of the student that can learn from the attention they replace."""
     total_steps: int | None = None
     """Optimizer steps of the stage, which ramps span as the schedule does; None outside of training."""
 

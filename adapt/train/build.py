@@ -7,6 +7,7 @@ from torch import nn
 
 from adapt.config.schema import Recipe, Trainable
 from adapt.conversion.base import apply_conversions, filled_rows
+from adapt.conversion.mixers import created_parameters, learning_layers
 from adapt.distributed.shard import make_mesh, shard
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
@@ -68,7 +69,7 @@ def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
 def set_trainable(root: Root, trainable: Trainable) -> int:
     """Freeze and thaw. Returns the number of parameters that train. (Which rows of them: adapt.train.frozen_rows.)"""
     student = root.student
-    chosen = select([n for n, _ in student.named_parameters()], trainable)
+    chosen = select([n for n, _ in student.named_parameters()], trainable, created_parameters(student))
     by_row = row_parameters(student) if trainable.rows == "new" else {}
     if by_row and not filled_rows(student):
         what = "new: the conversions filled no row here (a mask token the model had was kept); leave it out"
@@ -88,6 +89,7 @@ def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
         replay=frozenset(i for i, dataset in enumerate(recipe.data.train) if dataset.replay),
         vocabulary=Vocabulary.of(tokenizer, model.config),
         positions=longest_row(model.config),
+        learning=learning_layers(model),
     )
 
 

@@ -141,7 +141,8 @@ def notebook_line(step: int | None, total: int | None, values: Mapping[str, Any]
 
 
 def loss_text(values: Mapping[str, Any]) -> str:
-    terms = [f"{k.removeprefix('loss/')} {number(v)}" for k, v in values.items() if k.startswith("loss/")]
+    terms = [(k.removeprefix("loss/"), v) for k, v in values.items() if k.startswith("loss/")]
+    terms = [f"{name} {number(v)}" for name, v in terms if "/" not in name]  # others are details: one for each layer
     loss = f"loss {number(values['loss'])}" if "loss" in values else ""
     return f"{loss} ({' '.join(terms)})" if terms else loss
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
 
 from adapt.config.schema import Trainable
 from adapt.errors import Problem, UserError
 
 
-def select(names: list[str], trainable: Trainable) -> set[str]:
-    """The names that train. Raises UserError for a pattern that matches nothing (a silent no-op is a week lost), and
+def select(names: list[str], trainable: Trainable, created: Collection[str] = ()) -> set[str]:
+    """The names that train; `created` are those that conversions made, which train beside adapters, too. Raises UserError for a pattern that matches nothing (a silent no-op is a week lost), and
     where nothing is left."""
     problems = [
         Problem(f"trainable.{key}", f"pattern {pattern!r} matches no parameter; names look like {names[0]!r}")
@@ -25,8 +26,10 @@ def select(names: list[str], trainable: Trainable) -> set[str]:
 
     chosen = {n for n in names if matches(n, trainable.include) and not matches(n, trainable.exclude)}
     if trainable.lora is not None:
-        chosen = {n for n in chosen if "lora_" in n}
-        hint = "; with lora only the adapters train, and include and exclude choose among those"
+        chosen = {n for n in chosen if "lora_" in n or n in created}
+        hint = (
+            "; with lora only the adapters and what conversions created train; include and exclude choose among those"
+        )
     else:
         hint = ""
     if not chosen:

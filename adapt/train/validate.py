@@ -226,6 +226,7 @@ def _of_trainable(trainable: Trainable, config: Any) -> list[Problem]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from adapt.conversion.mixers import created_parameters
     from adapt.pretrained.lora import adapted_names, lora_problems
     from adapt.train.frozen_rows import row_parameters
     from adapt.train.trainable import select
@@ -236,7 +237,7 @@ def _of_trainable(trainable: Trainable, config: Any) -> list[Problem]:
         return found
     names = adapted_names(model, trainable.lora) if trainable.lora is not None else dict(model.named_parameters())
     try:
-        chosen = select(list(names), trainable)
+        chosen = select(list(names), trainable, created_parameters(model))
     except UserError as error:
         return error.problems
     if trainable.rows == "new" and trainable.lora is None and not chosen & row_parameters(model).keys():

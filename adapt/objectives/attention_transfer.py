@@ -1,0 +1,90 @@
+"""Recurrent layers learn the heads of the attention they replace, in one copy of the model (LoLCATs, LAWCAT stage 1).
+
+    loss = scale * mean over layers, tokens and channels of (heads_student - heads_teacher)^2
+
+before the output projection. Each layer's queries, keys and values are computed once and used by both; the teacher's
+output goes on to the next layer, so every layer sees what it would see in the teacher, learns by itself, and only what
+conversions created gets a gradient. Raw errors of layers cannot be compared; `relative_error/<layer>` can: the mean over
+tokens of |student - teacher|^2 / |teacher|^2 (`relative_error`: over the layers, too).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from adapt.components import objectives
+from adapt.data.batch import PAD, Batch
+from adapt.errors import Problem
+from adapt.models import attention
+from adapt.models.layout import Layout
+from adapt.objectives.base import Facts, Models, Prepared, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTransferConfig:
+    scale: float = 1000.0
+    """Factor of the mean squared error, so that gradients of small head outputs have a size; with AdamW it matters to
+    clipping alone."""
+
+    def problems(self, recipe) -> Iterator[Problem]:
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            yield Problem("objective.scale", f"{self.scale} must be above 0; 1000 is usual")
+        if not any(c.declares("transfers") for c in recipe.model.conversions):
+            what = "attention_transfer teaches converted layers, and model.conversions makes none; add lawcat or mamba2"
+            yield Problem("objective", what)
+
+
+class AttentionTransfer:
+    def __init__(self, facts: Facts, scale: float):
+        self.backend, self.layers, self.scale = facts.attention, facts.learning, scale
+
+    def prepare(self, batch: Batch, *, seed: int, step: int) -> Prepared:
+        real = batch.role != PAD
+        count = int(real.sum())
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "layout": Layout.causal(batch.doc_ids, batch.position_ids),
+            "weight": real.float(),
+        }
+        terms = {"transfer": Term(count, self.scale), "relative_error": Term(count * len(self.layers), 0.0)}
+        return Prepared(inputs, terms | {_error(i): Term(count, 0.0) for i in self.layers})
+
+    def __call__(self, models: Models, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        out = attention.decode(
+            models.student,
+            inputs["input_ids"],
+            inputs["position_ids"],
+            inputs["layout"],
+            self.backend,
+            transfer=inputs["weight"],
+        )
+        relative = {_error(i): errors[1].detach() for i, errors in out.errors.items()}
+        loss = sum(errors[0] for errors in out.errors.values()) / len(out.errors)
+        return {"transfer": loss, "relative_error": sum(relative.values()), **relative}
+
+    def largest_step(self) -> int:
+        return 0
+
+    def observe(self, results: dict[str, float]) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """There is nothing to go on from."""
+
+    def export_fields(self) -> dict[str, Any]:
+        return {}
+
+
+@objectives.register("attention_transfer")
+def attention_transfer(config: AttentionTransferConfig, facts: Facts) -> AttentionTransfer:
+    return AttentionTransfer(facts, config.scale)
+
+
+def _error(layer: int) -> str:
+    return f"relative_error/{layer:02d}"
