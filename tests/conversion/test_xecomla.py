@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapt.config import resolve
+from adapt.config import load, resolve
+from adapt.config.decode import encode
 from adapt.conversion.base import apply_conversions, plan_conversions
 from adapt.conversion.latent_shape import TeacherShape
 from adapt.errors import StopRequested, UserError
@@ -129,7 +130,7 @@ def test_ranks_of_an_energy_are_each_layers_own(bases, tmp_path):
 STUDENTS = {
     "published": ("llama", PUBLISHED | {"q_rank": 24}),
     "hybrid with biases": ("qwen2", {"layers": [1]}),
-    "stock": ("llama", {}),
+    "shipped": ("llama", None),
 }
 CODE = {"published", "hybrid with biases"}
 """Students that no stock class holds."""
@@ -140,8 +141,12 @@ def test_a_run_trains_exports_and_generates(name, bases, tmp_path):
     """Every kind of student, to an export that plain transformers loads: with no code of ours where the stock class can
     hold it. The cache is r_kv + d_r per token and layer there, too."""
     family, conversion = STUDENTS[name]
-    base = bases(family, num_key_value_heads=4)
-    assert fit(resolve(made(base, tmp_path, conversion, trainer={"steps": 2}))) == 0
+    recipe = made(bases(family, num_key_value_heads=4), tmp_path, conversion, trainer={"steps": 2})
+    if conversion is None:
+        shipped = encode(load("xecomla").recipe)
+        recipe["model"]["conversions"] = shipped["model"]["conversions"]
+        recipe |= {"objective": shipped["objective"], "teacher": shipped["teacher"]}
+    assert fit(resolve(recipe)) == 0
     run = tmp_path / "runs" / "tiny"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
@@ -231,7 +236,13 @@ REFUSED = {
     "two sizes": ({"kv_cache": 0.5}, {}, {}, "model.conversions[0]", "give one of them"),
     "multiple of 8": ({"kv_rank": 12}, {}, {}, "model.conversions[0]", "try 16"),
     "full rank": ({"kv_rank": 64}, {}, {}, "model.conversions[0].kv_rank", "use at most 24"),
-    "full rank of queries": ({"q_rank": 64}, {}, {}, "model.conversions[0].q_rank", "full rank of this base's queries, 32"),
+    "full rank of queries": (
+        {"q_rank": 64},
+        {},
+        {},
+        "model.conversions[0].q_rank",
+        "full rank of this base's queries, 32",
+    ),
     "no room": ({"kv_rank": None, "kv_cache": 0.1}, {}, {}, "model.conversions[0].kv_cache", "0.375 is the least"),
     "odd rope": ({"rope_dim": 3}, {}, {}, "model.conversions[0].rope_dim", "must be even"),
     "stride": ({"rope_dim": 6, "rope": "stride"}, {}, {}, "model.conversions[0].rope_dim", "does not divide"),
@@ -288,7 +299,9 @@ def test_llama3_scaling_stays_with_its_frequencies(bases, tmp_path):
 def test_a_run_goes_on_with_its_ranks(bases, tmp_path, monkeypatch):
     """Stopped and resumed, it is the run that went straight through, ranks of each layer's own included."""
     base, wish = bases(num_key_value_heads=4), {"kv_rank": None, "kv_energy": 0.8}
-    straight, broken = (made(base, tmp_path, wish, run={"name": n}, trainer={"steps": 3}) for n in ("straight", "broken"))
+    straight, broken = (
+        made(base, tmp_path, wish, run={"name": n}, trainer={"steps": 3}) for n in ("straight", "broken")
+    )
     fit(resolve(straight))
     with monkeypatch.context() as patched, pytest.raises(StopRequested):
         stop_after(patched, 1)
@@ -299,7 +312,7 @@ def test_a_run_goes_on_with_its_ranks(bases, tmp_path, monkeypatch):
 
 def test_two_ranks_start_as_one_does(bases, tmp_path):
     """FSDP2: each rank converts, and shards what it made; the run is that of one process within float32 noise."""
-    over = {"trainer": {"steps": 2, "microbatch": 1}, "generation": {"prompts": []}}
+    over = {"trainer": {"steps": 2, "microbatch": 1}}
     one = made(bases(), tmp_path, run={"name": "one"}, **over)
     two = made(bases(), tmp_path, run={"name": "two"}, **over)
     two["trainer"] |= {"devices": 2}
