@@ -47,6 +47,8 @@ class Layout:
     """`rope_parameters` over the student's d_r dimensions."""
     kv_norm: bool
     biases: bool
+    ballast: bool = False
+    """A channel of each latent is a constant, by a bias."""
     free_ranks: bool = False
     """Ranks follow from the weights: those here are the most they can be."""
 
@@ -68,7 +70,9 @@ class Layout:
 def student_config(config: Any, layout: Layout) -> Any:
     """The config of the student, as a new object; `config` is the base's."""
     if not layout.foreign(config.num_hidden_layers) and config.model_type != "adapted":
-        return stock_config(config, layout.kv_ranks[0], layout.nope_dim, layout.rope_dim, layout.rope)
+        return stock_config(
+            config, layout.kv_ranks[0], layout.nope_dim, layout.rope_dim, layout.rope, biases=layout.ballast
+        )
     from adapt.conversion.layer_map import register_student
     from adapt.models.configuration_adapted import AdaptedConfig
 
@@ -84,13 +88,15 @@ def student_config(config: Any, layout: Layout) -> Any:
         "rope": layout.rope,
         "kv_norm": layout.kv_norm,
         "q_bias": layout.biases,
-        "kv_bias": layout.biases,
-        "o_bias": layout.biases,
+        "kv_bias": layout.biases or layout.ballast,
+        "o_bias": layout.biases or layout.ballast,
     }
     return AdaptedConfig.of(config, dict.fromkeys(layout.layers, "latent"), {"latent": options})
 
 
-def stock_config(config: Any, kv_rank: int, nope_dim: int, rope_dim: int, rope: dict[str, Any]) -> Any:
+def stock_config(
+    config: Any, kv_rank: int, nope_dim: int, rope_dim: int, rope: dict[str, Any], *, biases: bool = False
+) -> Any:
     """DeepseekV3Config without experts; what other conversions and objectives added to the config (a mask token) stays."""
     from transformers import AutoConfig
 
@@ -104,7 +110,7 @@ def stock_config(config: Any, kv_rank: int, nope_dim: int, rope_dim: int, rope: 
         "v_head_dim": TeacherShape.of(config).head_dim,
         "rope_interleave": True,
         "rope_parameters": rope,
-        "attention_bias": False,
+        "attention_bias": biases,
     }
     dense = {  # the class's experts, of which no layer has any
         "first_k_dense_replace": config.num_hidden_layers,
@@ -171,6 +177,9 @@ def target_problems(config: Any, layout: Layout, target: str) -> list[Problem]:
     if not layout.kv_norm:
         what = "vllm always normalises the latent, and latent_norm: none has no norm; use calibrated, or set it to hf"
         problems.append(Problem(where, what))
+    if layout.ballast:
+        what = "vllm skips biases in this class without a word, and a ballast is one; set latent_norm: calibrated, or"
+        problems.append(Problem(where, f"{what} set it to hf"))
     if layout.biases:
         what = "vllm skips biases in this class without a word; set biases: drop (and distil), or set it to hf"
         problems.append(Problem(where, what))

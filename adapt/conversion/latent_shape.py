@@ -66,6 +66,12 @@ def full_kv_rank(teacher: TeacherShape, nope_dim: int) -> int:
     return min(teacher.hidden, teacher.kv_heads * (nope_dim + teacher.head_dim))
 
 
+def most_kv_rank(teacher: TeacherShape, nope_dim: int, *, ballast: bool) -> int:
+    """With a channel for a constant, which holds nothing of them; a multiple of 8 then."""
+    full = full_kv_rank(teacher, nope_dim)
+    return (full + 1) // MULTIPLE * MULTIPLE if ballast else full
+
+
 def full_q_rank(teacher: TeacherShape) -> int:
     return min(teacher.hidden, teacher.heads * teacher.head_dim)
 

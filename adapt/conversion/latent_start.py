@@ -21,6 +21,9 @@ from torch import Tensor
 from adapt.conversion.factors import Sigma, Spectrum, spectrum
 from adapt.conversion.latent_shape import TeacherShape
 
+BALLAST = 32.0
+"""Size of the constant channel over that of the others together."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -118,15 +121,21 @@ class LayerStart:
         q_rank: int | None = None,
         sigma: Sigma = "down",
         rms: Callable[[Tensor], float] | None = None,
+        ballast: bool = False,
     ) -> dict[str, Tensor]:
         """Parameters by their DeepSeek names, float64. `rms` measures the root mean square of a latent, given its down
         matrix [r_kv, d]: the latent is scaled to 1 there, so that its norm starts as the identity with a gain of ones
-        (spec 8.2), and no backend's epsilon matters (8.5)."""
+        (spec 8.2), and no backend's epsilon matters (8.5).
+
+        `ballast`: the last channel of the latent holds a large constant, by a bias, that nothing reads. The norm then
+        divides every token by the same number, and its gain multiplies by it: no norm, to 1 / (2 BALLAST^2) (8.3)."""
         shape, nope, v_dim = self.shape, len(self.dims.nope), self.shape.head_dim
-        up, down = self.kv.factors(kv_rank, sigma)
+        up, down = self.kv.factors(kv_rank - ballast, sigma)
         if rms is not None:
             size = rms(down)
             up, down = up * size, down / size
+        if ballast:
+            up, down = (torch.nn.functional.pad(t, pad) for t, pad in ((up, (0, 1)), (down, (0, 0, 0, 1))))
         keys, values = up.split([shape.kv_heads * nope, shape.kv_heads * v_dim])
         per_head = torch.cat([keys.unflatten(0, (shape.kv_heads, nope)), values.unflatten(0, (-1, v_dim))], 1)
         repeated = per_head.repeat_interleave(shape.heads // shape.kv_heads, 0)  # query head h saw head h // g
@@ -140,7 +149,12 @@ class LayerStart:
         else:
             wide, narrow = spectrum(self.teacher.q, self.covariance).factors(q_rank, sigma)
             found |= {"q_a_proj.weight": narrow, "q_b_proj.weight": self.select(wide)}
-        return found | self._biases(kv_rank, "q_proj" if q_rank is None else "q_b_proj")
+        found |= self._biases(kv_rank, "q_proj" if q_rank is None else "q_b_proj")
+        if ballast:
+            bias = found.setdefault("kv_a_proj_with_mqa.bias", down.new_zeros(len(down) + len(self.rope_key)))
+            bias[kv_rank - 1] = BALLAST * math.sqrt(kv_rank)
+            found["kv_a_layernorm.weight"] = torch.cat([down.new_full((kv_rank - 1,), BALLAST), down.new_zeros(1)])
+        return found
 
     def _biases(self, kv_rank: int, query: str) -> dict[str, Tensor]:
         """Keys without RoPE need none: it would add the same to all scores of a query. The values' passes through the

@@ -13,7 +13,7 @@ from adapt.config.schema import Recipe
 from adapt.conversion.base import fill_rows, filled_rows
 from adapt.conversion.calibration import Inputs, attention_inputs, latent_rms, norm_gains, training_rows
 from adapt.conversion.latent_config import Layout, student_config
-from adapt.conversion.latent_shape import TeacherShape, full_kv_rank, round_up
+from adapt.conversion.latent_shape import TeacherShape, most_kv_rank, round_up
 from adapt.conversion.latent_start import Attention, LayerStart, rope_dims, start_layer
 from adapt.errors import Problem, UserError
 
@@ -35,7 +35,7 @@ def build(model: nn.Module, layout: Layout, wish: XEcomlaConfig, recipe: Recipe)
         else:
             rank, found[index] = _cut(start, layout, wish)
         ranks.append(rank)
-        if layout.kv_norm:
+        if layout.kv_norm and "kv_a_layernorm.weight" not in found[index]:
             found[index]["kv_a_layernorm.weight"] = torch.ones(rank, device=model.device)
         found[index] = {name: weight.to(model.dtype) for name, weight in found[index].items()}
     layout = dataclasses.replace(layout, kv_ranks=tuple(ranks))
@@ -82,7 +82,7 @@ def _starts(
         return
     inputs: dict[int, Inputs] = {}
     qk_norm = any(hasattr(decoder[i].self_attn, "q_norm") for i in layout.layers)
-    if wish.svd == "covariance" or wish.latent_norm == "calibrated" or qk_norm:
+    if wish.svd == "covariance" or wish.latent_norm in ("ballast", "calibrated") or qk_norm:
         tokens = wish.calibration_tokens
         inputs = attention_inputs(model, training_rows(recipe, tokens), layout.layers, tokens)
     dims = rope_dims(wish.rope, teacher.head_dim, layout.nope_dim, layout.rope_dim)
@@ -97,23 +97,15 @@ def _cut(start: _Start, layout: Layout, wish: XEcomlaConfig) -> tuple[int, dict[
     """(rank, parameters) of a layer."""
     rank = layout.kv_ranks[0]
     if wish.kv_energy is not None:
-        full = full_kv_rank(start.layer.shape, layout.nope_dim)
-        rank = round_up(start.layer.kv.rank_of_energy(wish.kv_energy), full)
-    rms = latent_rms(start.inputs.sample) if wish.latent_norm == "calibrated" else None
-    found = start.layer.weights(rank, layout.q_rank, wish.sigma, rms)
+        full = most_kv_rank(start.layer.shape, layout.nope_dim, ballast=layout.ballast)
+        rank = round_up(start.layer.kv.rank_of_energy(wish.kv_energy) + layout.ballast, full)
+    rms = latent_rms(start.inputs.sample) if wish.latent_norm in ("ballast", "calibrated") else None
+    found = start.layer.weights(rank, layout.q_rank, wish.sigma, rms, layout.ballast)
     if bad := [name for name, weight in found.items() if not bool(weight.isfinite().all())]:
         raise UserError(
             Problem("model.base", f"a layer's {bad[0]} comes out non-finite: are the base's weights finite?")
         )
-    if layout.biases:  # places for all three, whichever the base has
-        zeros = {
-            "q_b_proj.bias" if layout.q_rank else "q_proj.bias": start.layer.shape.heads
-            * (layout.nope_dim + layout.rope_dim),
-            "kv_a_proj_with_mqa.bias": rank + layout.rope_dim,
-            "o_proj.bias": start.layer.shape.hidden,
-        }
-        found = {name: torch.zeros(size, device=start.layer.rope_key.device) for name, size in zeros.items()} | found
-    return rank, found
+    return rank, _empty_biases(layout, start.layer.shape, rank, start.layer.rope_key.device) | found
 
 
 def weights_of(layer: nn.Module, shape: TeacherShape, seen: Inputs | None, *, keep_biases: bool) -> Attention:
@@ -143,8 +135,15 @@ def _random(
     drawn = {f"{n}.weight": torch.randn(size, generator=generator) * std for n, size in sizes.items()}
     device = layer.o_proj.weight.device
     found = {n: w.to(device) for n, w in drawn.items()} | {"o_proj.weight": layer.o_proj.weight}
+    return _empty_biases(layout, teacher, rank, device) | found
+
+
+def _empty_biases(layout: Layout, shape: TeacherShape, rank: int, device: torch.device) -> dict[str, Tensor]:
+    """Zeros in all places that the student has for them."""
+    sizes = {}
     if layout.biases:
         query = "q_proj" if layout.q_rank is None else "q_b_proj"
-        places = {query: queries, "kv_a_proj_with_mqa": rank + layout.rope_dim, "o_proj": teacher.hidden}
-        found |= {f"{name}.bias": torch.zeros(size, device=device) for name, size in places.items()}
-    return found
+        sizes[query] = shape.heads * (layout.nope_dim + layout.rope_dim)
+    if layout.biases or layout.ballast:
+        sizes |= {"kv_a_proj_with_mqa": rank + layout.rope_dim, "o_proj": shape.hidden}
+    return {f"{name}.bias": torch.zeros(size, device=device) for name, size in sizes.items()}

@@ -16,7 +16,7 @@ from typing import Literal
 from adapt.components import conversions
 from adapt.config.schema import Recipe
 from adapt.conversion import latent_config
-from adapt.conversion.latent_shape import MULTIPLE, TeacherShape, full_kv_rank, full_q_rank, rank_for
+from adapt.conversion.latent_shape import MULTIPLE, TeacherShape, full_q_rank, most_kv_rank, rank_for
 from adapt.conversion.layer_map import chosen_layers
 from adapt.errors import Problem, UserError
 
@@ -52,16 +52,23 @@ class XEcomlaConfig:
     sigma: Literal["down", "up", "sqrt"] = "down"
     """Which factor carries the singular values: the same function, but not the same to the optimizer. The paper prints
     `up`; the authors' models were made with `down`."""
-    latent_norm: Literal["calibrated", "ones", "none"] = "calibrated"
-    """The latent's norm starts as the identity on the training text (`calibrated`), with gains of one whatever the
-    latent's size (for comparison), or there is `none`, as published: no stock class loads that."""
+    latent_norm: Literal["ballast", "calibrated", "ones", "none"] = "ballast"
+    """Stock classes normalise the latent, which harms tokens whose latent is far smaller or larger than the others' (the
+    first of a row takes much attention by a small value). `ballast`: a channel with a large constant makes the norm the
+    identity, by a bias, which vLLM's class lacks. `calibrated`: the identity on the mean token only. `ones`: not even
+    that (for comparison). `none`: no norm, as published, which no stock class loads."""
     start: Literal["svd", "random"] = "svd"
     """`random`: the new matrices are drawn, for comparison; all else is the teacher's."""
     biases: Literal["keep", "drop"] = "keep"
     """Of a base whose projections have them (Qwen2). No stock class has a place for them; `drop` leaves them out, and
     distillation has to make up for it."""
     calibration_tokens: int = 4096
-    """Training tokens that `covariance`, `calibrated` and bases with QK-norm are measured on."""
+    """Training tokens that `covariance`, `ballast`, `calibrated` and bases with QK-norm are measured on."""
+
+    @property
+    def ballast(self) -> bool:
+        """Whether a channel of the latent is a constant."""
+        return self.latent_norm == "ballast" and self.start == "svd"
 
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
         given = {k: v for k in ("kv_cache", "kv_rank", "kv_energy") if (v := getattr(self, k)) is not None}
@@ -122,6 +129,7 @@ class XEcomla:
             rope=latent_config.rope_of(config, wish.rope, rope_dim),
             kv_norm=wish.latent_norm != "none",
             biases=latent_config.has_biases(config) and wish.biases == "keep",
+            ballast=wish.ballast,
             free_ranks=wish.kv_energy is not None,
         )
         problems += latent_config.target_problems(config, found, self.recipe.export.target)
@@ -130,7 +138,8 @@ class XEcomla:
         return found
 
     def _kv_rank(self, teacher: TeacherShape, nope_dim: int, rope_dim: int) -> tuple[int, list[Problem]]:
-        wish, full = self.config, full_kv_rank(teacher, nope_dim)
+        wish = self.config
+        full = most_kv_rank(teacher, nope_dim, ballast=wish.ballast)
         if wish.kv_energy is not None:
             return full, []
         share = 0.5 if wish.kv_cache is None else wish.kv_cache

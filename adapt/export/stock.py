@@ -27,7 +27,7 @@ def is_latent(config: Any) -> bool:
     if set(getattr(config, "token_mixers", None) or ()) != {"latent"}:
         return False
     options = config.mixer_options["latent"]
-    return options["kv_norm"] and not any(options.get(key) for key in ("q_norm", "q_bias", "kv_bias", "o_bias"))
+    return options["kv_norm"] and not any(options.get(key) for key in ("q_norm", "q_bias"))
 
 
 @torch.no_grad()
@@ -38,12 +38,14 @@ def _latent_form(model: Any) -> Any:
 
     options, layers = model.config.mixer_options["latent"], model.model.layers
     rank = max(layer.self_attn.spec.kv_rank for layer in layers)
-    config = stock_config(model.config, rank, options["nope_dim"], options["rope_dim"], options["rope"])
+    biases = bool(options.get("kv_bias") or options.get("o_bias"))
+    sizes = options["nope_dim"], options["rope_dim"]
+    config = stock_config(model.config, rank, *sizes, options["rope"], biases=biases)
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation="sdpa")
     weights = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k}
     for index, layer in enumerate(layers):
-        found = padded(layer.self_attn, rank)
+        found = padded(layer.self_attn, rank, biases)
         weights |= {f"model.layers.{index}.self_attn.{n}": w.to(model.dtype) for n, w in found.items()}
     stock.load_state_dict(weights, assign=True)
     stock.tie_weights()
@@ -53,7 +55,7 @@ def _latent_form(model: Any) -> Any:
     return stock.eval()
 
 
-def padded(mixer: Any, rank: int) -> dict[str, Tensor]:
+def padded(mixer: Any, rank: int, biases: bool) -> dict[str, Tensor]:
     """Parameters of a DeepseekV3 layer with a latent of `rank` that computes what `mixer` does."""
     spec = mixer.spec
     own, more = spec.kv_rank, rank - spec.kv_rank
@@ -64,13 +66,19 @@ def padded(mixer: Any, rank: int) -> dict[str, Tensor]:
         if spec.q_rank is None
         else (mixer.q_b_proj.weight.double() @ mixer.q_a_proj.weight.double())
     )
-    return {
+    found = {
         "q_proj.weight": query,
         "kv_a_proj_with_mqa.weight": torch.cat([latent, latent.new_zeros(more, latent.shape[1]), key]),
         "kv_a_layernorm.weight": torch.cat([gain * (own / rank) ** 0.5, gain.new_zeros(more)]),
         "kv_b_proj.weight": torch.nn.functional.pad(mixer.kv_b_proj.weight, (0, more)),
         "o_proj.weight": mixer.o_proj.weight,
     }
+    if biases:
+        own_bias, out = mixer.kv_a_proj_with_mqa.bias, mixer.o_proj.bias
+        kept = gain.new_zeros(own + spec.rope_dim) if own_bias is None else own_bias
+        found["kv_a_proj_with_mqa.bias"] = torch.cat([kept[:own], gain.new_zeros(more), kept[own:]])
+        found["o_proj.bias"] = gain.new_zeros(spec.hidden_size) if out is None else out
+    return found
 
 
 def _untied(model: Any) -> Any:

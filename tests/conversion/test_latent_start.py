@@ -71,7 +71,7 @@ def student(found: dict[str, torch.Tensor], shape: TeacherShape, kv_rank: int, n
         v_dim=shape.head_dim,
         q_rank=q_rank,
         rope={"rope_theta": theta, "rope_type": "default"},
-        kv_norm=False,
+        kv_norm="kv_a_layernorm.weight" in found,
         q_bias=any(n in found for n in ("q_proj.bias", "q_b_proj.bias")),
         kv_bias="kv_a_proj_with_mqa.bias" in found,
         o_bias="o_proj.bias" in found,
@@ -193,6 +193,26 @@ def test_repeated_heads_have_the_same_subspace_and_ranks(rank):
     torch.testing.assert_close(*projectors, atol=1e-8, rtol=0)
     torch.testing.assert_close(many.values[:32], few.values * math.sqrt(groups), atol=1e-7, rtol=0)
     assert all(few.rank_of_energy(s) == many.rank_of_energy(s) for s in (0.3, 0.5, 0.9, 0.99))
+
+
+def test_a_ballast_makes_the_norm_the_identity_for_every_token():
+    """Spec 8.3: tokens whose latent is ten times smaller or larger than the others' too, unlike a calibrated norm."""
+    shape = SHAPE
+    x = drawn(9, 32, seed=5) * torch.logspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    start = start_layer(teacher(shape), shape, rope_dims("high", 8, 4, 4), "pca")
+
+    def rms(down):
+        return float((drawn(500, 32, seed=6) @ down.T).square().mean(1).sqrt().mean())
+
+    wanted = student(start.weights(15), shape, 15, 4, 4, 100.0)(x)
+    held = start.weights(16, rms=rms, ballast=True)
+    calibrated = start.weights(16, rms=rms) | {"kv_a_layernorm.weight": torch.ones(16)}
+    near, far = (student(w, shape, 16, 4, 4, 100.0)(x) for w in (held, calibrated))
+    assert float((near - wanted).norm() / wanted.norm()) < 0.05
+    assert float((far - wanted).norm() / wanted.norm()) > 0.3
+    usual = x[4:5]
+    near, wanted = (student(w, shape, r, 4, 4, 100.0)(usual) for w, r in ((held, 16), (start.weights(15), 15)))
+    torch.testing.assert_close(near, wanted, atol=0, rtol=2e-3)
 
 
 def test_query_heads_read_their_own_key_value_head():

@@ -99,7 +99,7 @@ def test_a_calibrated_norm_starts_as_the_identity(bases, tmp_path):
     mean of the training text."""
     from adapt.conversion.calibration import attention_inputs, training_rows
 
-    model, teacher, recipe = student(bases(), tmp_path)
+    model, teacher, recipe = student(bases(), tmp_path, {"latent_norm": "calibrated"})
     seen = attention_inputs(teacher, training_rows(recipe, 4096), range(2), 4096)
     for index, layer in enumerate(model.model.layers):
         mixer = layer.self_attn
@@ -125,6 +125,7 @@ def test_ranks_of_an_energy_are_each_layers_own(bases, tmp_path):
     assert again == [8, *ranks[1:]]
     full, _, _ = student(base, tmp_path, {"kv_rank": None, "kv_energy": 1.0})
     assert full.config.mixer_options["latent"]["kv_rank"] == [32] * 3  # of d: the keys and values have 48 rows
+    assert model.config.mixer_options["latent"]["kv_bias"]  # a channel is the ballast
 
 
 STUDENTS = {
@@ -207,7 +208,14 @@ def test_padding_ranks_and_multiplying_out_queries_keep_the_logits(bases, tmp_pa
 
 
 def test_an_export_for_vllm_writes_the_head_out(bases, tmp_path):
-    assert fit(resolve(made(bases(), tmp_path, trainer={"steps": 1}, export={"target": "vllm"}))) == 0
+    assert (
+        fit(
+            resolve(
+                made(bases(), tmp_path, {"latent_norm": "calibrated"}, trainer={"steps": 1}, export={"target": "vllm"})
+            )
+        )
+        == 0
+    )
     from safetensors import safe_open
 
     folder = tmp_path / "runs" / "tiny" / "export"
@@ -256,6 +264,7 @@ REFUSED = {
     "llama3 for vllm": ({}, {}, {"rope_scaling": LLAMA3, "target": "vllm"}, "export.target", "for YaRN"),
     "hybrid for vllm": ({"layers": [0]}, {}, {"target": "vllm"}, "export.target", "convert all layers"),
     "no norm for vllm": ({"latent_norm": "none"}, {}, {"target": "vllm"}, "export.target", "use calibrated"),
+    "ballast for vllm": ({}, {}, {"target": "vllm"}, "export.target", "latent_norm: calibrated"),
     "biases for vllm": ({}, {"family": "qwen2"}, {"target": "vllm"}, "export.target", "biases: drop"),
 }
 
