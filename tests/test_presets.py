@@ -30,7 +30,8 @@ def test_shipped_recipes_validate(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in shipped_recipes() if not n.startswith("paper/")])
 def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
-    shipped = encode(load(name).recipe)
+    resolved = load(name)
+    shipped = encode(resolved.recipe)
     recipe = tiny_recipe(tiny_base, tmp_path)
     recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part) for part in ("train", "eval")}
     recipe["objective"] = shrunk(shipped["objective"])
@@ -39,6 +40,9 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     recipe["teacher"] = shipped["teacher"]
     recipe["export"] |= {"interpolation": shipped["export"]["interpolation"]}
     recipe["generation"] |= {"samplers": shipped["generation"]["samplers"]}
+    recipe["model"]["conversions"] += mixers(shipped["model"]["conversions"])
+    recipe["stages"] = [stage | {"trainer": {"steps": 3}} for stage in resolved.plain.get("stages") or []]
+    recipe["trainable"] = {key: shipped["trainable"][key] for key in ("include", "exclude", "lora")}
     recipe["trainer"]["steps"] = 3
     assert fit(resolve(recipe)) == 0
     run = tmp_path / "runs" / "tiny"
@@ -53,6 +57,11 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     facts = Facts(mask_token_id=config["mask_token_id"], vocabulary=vocabulary)
     promised = resolve(recipe).recipe.objective.build(facts).export_fields()
     assert config.items() >= {k: v for k, v in promised.items() if k != "threshold"}.items()
+
+
+def mixers(shipped: list[dict]) -> list[dict]:
+    """Conversions of layers as they are, on two of them."""
+    return [c | ({"keep": "every_2"} if c["keep"] != "none" else {}) for c in shipped if "keep" in c]
 
 
 def sources(shipped: list[dict], folder, part: str) -> list[dict]:

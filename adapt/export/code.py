@@ -18,11 +18,16 @@ from typing import Any
 MODELS = "adapt.models"
 
 
+def carries_code(thing: Any) -> bool:
+    """Whether the class of a model or config is ours, and has to travel with its weights."""
+    return type(thing).__module__.rpartition(".")[0] == MODELS
+
+
 def write_code(folder: Path, model: Any) -> None:
     """Copy what `type(model)` needs into `folder` and say so in its config.json; nothing for stock classes."""
-    module, _, leaf = type(model).__module__.rpartition(".")
-    if module != MODELS:
+    if not carries_code(model):
         return
+    leaf = type(model).__module__.rpartition(".")[2]
     source = Path(sys.modules[type(model).__module__].__file__).parent
     for name in needed(source, leaf):
         shutil.copyfile(source / f"{name}.py", folder / f"{name}.py")

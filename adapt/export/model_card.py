@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from importlib import resources
 from typing import Any
 
 from adapt.config.schema import Recipe
+from adapt.export.code import carries_code
 
 DTYPE_WORDS = {"float32": "32-bit floats", "bfloat16": "bfloat16", "float16": "float16"}
 
@@ -58,6 +60,8 @@ def model_card(
         dtype=DTYPE_WORDS[check["dtype"]],
         conversions=[c.name for c in recipe.model.conversions],
         chat=chat,
+        code=carries_code(config),
+        mixers=_mixers(config),
         block=extra.get("block_size"),
     )
 
@@ -77,6 +81,12 @@ def _sources(choice) -> list[str]:
     """`SOURCES` of the objective's module: papers and code it follows, one line each."""
     module = sys.modules.get(choice.registry[choice.name].factory.__module__)
     return list(getattr(module, "SOURCES", ()))
+
+
+def _mixers(config) -> str:
+    """`22 x gated_linear, 8 x attention`; empty for stock models."""
+    count = Counter(getattr(config, "token_mixers", None) or ())
+    return ", ".join(f"{n} x `{name}`" for name, n in count.most_common())
 
 
 def _dataset(entry: dict[str, Any]) -> dict[str, Any]:

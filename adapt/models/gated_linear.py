@@ -138,7 +138,7 @@ class GatedLinearRecurrence(nn.Module):
             k, g = k * keep, g * keep
         out, state = gated_linear_attention(
             q, k, F.pad(v, (0, 1), value=1.0), g,
-            segments=tokens.segments, state=states.get("state"), chunk=o.chunk, exact=o.exact,
+            tokens=tokens, state=states.get("state"), chunk=o.chunk, exact=o.exact,
         )  # fmt: skip
         heads = out[..., :-1] / (out[..., -1:] + EPS)
         return heads.transpose(1, 2), {"state": state, "q_tail": q_tail, "k_tail": k_tail}

@@ -6,6 +6,7 @@ Legend: B rows, S tokens, D hidden size, H query heads, G key/value heads, d hea
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,10 +18,30 @@ from .state_cache import StateLayer
 from .tokens import Tokens
 
 
+PIECE = 4096
+"""Tokens that a prefill computes at a time: what stands between the projections stays small however long a prompt is."""
+
+
+def in_pieces(recurrence: nn.Module, x, q, k, v, rotary, tokens: Tokens, states: Any) -> tuple[Tensor, Any]:
+    """`recurrence(...)`, without gradients piece by piece from state to state: the same function. Packed rows are
+    whole: their documents end within them."""
+    if torch.is_grad_enabled() or x.shape[1] <= PIECE or tokens.segments is not None:
+        return recurrence(x, q, k, v, rotary, tokens, states)
+    parts, (cos_sin, rotate) = [], rotary
+    for start in range(0, x.shape[1], PIECE):
+        at = slice(start, start + PIECE)
+        angles = tuple(t[:, at] for t in cos_sin)
+        part = Tokens(keep=None if tokens.keep is None else tokens.keep[:, at])
+        heads, states = recurrence(*(t[:, at] for t in (x, q, k, v)), (angles, rotate), part, states)
+        parts.append(heads)
+    return torch.cat(parts, 1), states
+
+
 class LinearMixer(nn.Module):
     """`recurrence`: a module called as `(x, q, k, v, rotary, tokens, states) -> (heads, states)` with x [B, S, D],
     q [B, S, H, d], k and v [B, S, G, d], heads [B, S, H, d]. Its states are {name: [B, ...]} of a size that does not
-    depend on S; None stands for the states before the first token. All that a conversion creates lies in it."""
+    depend on S; None stands for the states before the first token. `log_decays(x)` are its [B, H, S, *] decays. All that
+    a conversion creates lies in it."""
 
     cache_layer = StateLayer
     created = "recurrence"
@@ -55,14 +76,15 @@ class LinearMixer(nn.Module):
         plan: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, S, D] -> the same, and with `transfer` the errors of `_errors` (None without)."""
+        """hidden_states [B, S, D] -> the same, and with `transfer` [3]: the two of `_errors`, and the sum over tokens
+        of the mean log2 half-life, in tokens (None without)."""
         q, k, v = self.project(hidden_states)
         rotary = (position_embeddings, self.family.apply_rotary)
         tokens = tokens or Tokens()
         if transfer is not None:
             return self._taught(hidden_states, q, k, v, rotary, tokens, transfer, attention_mask, plan)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        heads, states = self.recurrence(hidden_states, q, k, v, rotary, tokens, layer and layer.states)
+        heads, states = in_pieces(self.recurrence, hidden_states, q, k, v, rotary, tokens, layer and layer.states)
         if layer is not None:
             layer.advance(states, hidden_states.shape[1])
         return self.o_proj(heads.flatten(2).to(hidden_states.dtype)), None
@@ -81,8 +103,9 @@ class LinearMixer(nn.Module):
             out = self.o_proj(taught)
         with torch.enable_grad():
             found, _ = self.recurrence(x.detach(), q.detach(), k.detach(), v.detach(), rotary, tokens, None)
-            errors = _errors(found.flatten(2), taught.detach(), transfer)
-        return out, errors
+            errors = _errors(found.flatten(2), taught, transfer)
+            half_life = (-math.log(2) / self.recurrence.log_decays(x).detach().clamp(max=-1e-9)).log2().mean((1, 3))
+            return out, torch.cat([errors, (half_life * transfer).sum()[None]])
 
     def softmax_heads(self, q, k, v, rotary, attention_mask, plan) -> Tensor:
         """[B, S, H d] the heads' outputs of the attention this layer had, as its family computes them."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import gated_linear_attention
+from .kernels import state_space
 from .linear_mixer import LinearMixer
 from .short_convolution import ShortConvolution
 from .tokens import Tokens
@@ -101,13 +101,12 @@ class Mamba2Recurrence(nn.Module):
             t.unflatten(2, (-1, d)).repeat_interleave(self.repeats, 2).transpose(1, 2) for t in (values, B)
         )  # [B, H, S, d]
         x = x.to(C.dtype)
-        dt = F.softplus(F.linear(x, self.dt_weight.to(x.dtype), self.dt_bias.to(x.dtype)))
-        dt = dt.transpose(1, 2)[..., None]  # [B, H, S, 1]
+        dt = self.steps(x)
         if tokens.keep is not None:
             dt = dt * tokens.keep[:, None, :, None]
-        g = -self.A_log.to(x.dtype).exp()[:, None, None] * dt
-        out, state = gated_linear_attention(
-            C, B, dt * values, g, segments=tokens.segments, state=states.get("state"), chunk=self.options.chunk
+        A = self.rates(x.dtype)
+        out, state = state_space(
+            values, dt, A, B, C, tokens=tokens, state=states.get("state"), chunk=self.options.chunk
         )
         out = (out + self.D.to(x.dtype)[:, None, None] * values).transpose(1, 2)
         z = F.linear(x, self.z_weight.to(x.dtype), self.z_bias.to(x.dtype))
@@ -115,6 +114,21 @@ class Mamba2Recurrence(nn.Module):
         if self.norm is not None:
             out = out * (out.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.norm.to(x.dtype)
         return out, {"state": state, "tail": tail}
+
+
+    def steps(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, H, S, 1], above 0."""
+        dt = F.softplus(F.linear(x, self.dt_weight.to(x.dtype), self.dt_bias.to(x.dtype)))
+        return dt.transpose(1, 2)[..., None]
+
+    def rates(self, dtype: torch.dtype) -> Tensor:
+        """[H], below 0."""
+        return -self.A_log.to(dtype).exp()
+
+    def log_decays(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, H, S, 1]."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.rates(x.dtype)[:, None, None] * self.steps(x)
 
 
 class Mamba2(LinearMixer):

@@ -14,7 +14,7 @@ called with keywords:
 
 and returns (output [B, S, D], anything). Class attributes: `cache_layer`, what it keeps while decoding; `created`, the
 submodule that holds what the base did not have (kept in float32); `learns`: with `transfer`, the output is the
-attention's, and the second value the errors [2] of linear_mixer.py, the only ones with a gradient.
+attention's, and the second value what linear_mixer.py says of the errors, which alone has a gradient.
 
 Legend: B rows, S tokens, D hidden size.
 """

@@ -5,7 +5,8 @@
 before the output projection. Each layer's queries, keys and values are computed once and used by both; the teacher's
 output goes on to the next layer, so every layer sees what it would see in the teacher, learns by itself, and only what
 conversions created gets a gradient. Raw errors of layers cannot be compared; `relative_error/<layer>` can: the mean over
-tokens of |student - teacher|^2 / |teacher|^2 (`relative_error`: over the layers, too).
+tokens of |student - teacher|^2 / |teacher|^2 (`relative_error`: over the layers, too). `log2_half_life/<layer>` is the mean
+over tokens, heads and channels of log2 of the tokens after which half is forgotten, which bounds how far back it recalls.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from adapt.models import attention
 from adapt.models.layout import Layout
 from adapt.objectives.base import Facts, Models, Prepared, Term
 
+WATCHED = ("relative_error", "log2_half_life")
+"""What a layer reports besides its loss, in linear_mixer.py's order."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTransferConfig:
@@ -37,6 +41,12 @@ class AttentionTransferConfig:
         if not any(c.declares("transfers") for c in recipe.model.conversions):
             what = "attention_transfer teaches converted layers, and model.conversions makes none; add lawcat or mamba2"
             yield Problem("objective", what)
+        if recipe.trainable.include == ("*",):
+            what = (
+                "['*'] promises that everything trains, and attention_transfer gives a gradient to nothing but what "
+                "conversions created: trainable.include=['*.recurrence.*']"
+            )
+            yield Problem("trainable.include", what)
 
 
 class AttentionTransfer:
@@ -53,7 +63,7 @@ class AttentionTransfer:
             "weight": real.float(),
         }
         terms = {"transfer": Term(count, self.scale), "relative_error": Term(count * len(self.layers), 0.0)}
-        return Prepared(inputs, terms | {_error(i): Term(count, 0.0) for i in self.layers})
+        return Prepared(inputs, terms | {f"{name}/{i:02d}": Term(count, 0.0) for name in WATCHED for i in self.layers})
 
     def __call__(self, models: Models, inputs: dict[str, Any]) -> dict[str, Tensor]:
         out = attention.decode(
@@ -64,9 +74,14 @@ class AttentionTransfer:
             self.backend,
             transfer=inputs["weight"],
         )
-        relative = {_error(i): errors[1].detach() for i, errors in out.errors.items()}
-        loss = sum(errors[0] for errors in out.errors.values()) / len(out.errors)
-        return {"transfer": loss, "relative_error": sum(relative.values()), **relative}
+        loss = sum(found[0] for found in out.errors.values()) / len(out.errors)
+        seen = {
+            f"{name}/{i:02d}": found[place].detach()
+            for place, name in enumerate(WATCHED, 1)
+            for i, found in out.errors.items()
+        }
+        whole = sum(found[1].detach() for found in out.errors.values())
+        return {"transfer": loss, "relative_error": whole, **seen}
 
     def largest_step(self) -> int:
         return 0
@@ -84,7 +99,3 @@ class AttentionTransfer:
 @objectives.register("attention_transfer")
 def attention_transfer(config: AttentionTransferConfig, facts: Facts) -> AttentionTransfer:
     return AttentionTransfer(facts, config.scale)
-
-
-def _error(layer: int) -> str:
-    return f"relative_error/{layer:02d}"

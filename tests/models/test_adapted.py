@@ -61,6 +61,21 @@ def test_invariant_6_any_split_into_prefill_and_decoding(variant, layers, cuts):
     torch.testing.assert_close(torch.cat(parts, 1), logits(model, x), atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize(("mixer", "options"), [("gated_linear", {"rope": "before_conv"}), ("mamba2", {})])
+def test_a_long_prompt_in_pieces_is_the_same_prompt(mixer, options, monkeypatch):
+    model, x = student(mixer, options), ids(2, 70)
+    keep = (torch.arange(70) >= 5).long().expand(2, -1)
+    expected = model(x, attention_mask=keep).logits.detach()  # with gradients: whole
+    sizes, original = [], model.model.layers[0].self_attn.recurrence.forward
+    monkeypatch.setattr("adapt.models.linear_mixer.PIECE", 16)
+    monkeypatch.setattr(
+        model.model.layers[0].self_attn.recurrence, "forward", lambda x, *a: sizes.append(x.shape[1]) or original(x, *a)
+    )
+    found = logits(model, x, attention_mask=keep)
+    torch.testing.assert_close(found[:, 5:], expected[:, 5:], atol=1e-11, rtol=1e-11)
+    assert sizes == [16, 16, 16, 16, 6]
+
+
 @variants
 @pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["all", "hybrid"])
 def test_invariant_7_left_padding_is_deletion(variant, layers):

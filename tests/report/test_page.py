@@ -27,7 +27,13 @@ def make_run(folder, name, steps=20, whole=True):
     lines = [{"step": 0, "stage": 0, "eval/bpb/held-out": 1.5, "eval/forgetting/old": 0.0}]
     lines += [
         {"step": s, "stage": s // 12, "tokens": 64 * s, "loss": 4 / s, "loss/ar": 3 / s, "lr": 1e-3, "grad_norm": 1.0}
-        | {"tokens_per_s": 100.0, "block_size": 2 + s // 10, "time": 0.0}
+        | {
+            "loss/relative_error/00": 1 / s,
+            "loss/relative_error/12": 0.5,
+            "tokens_per_s": 100.0,
+            "block_size": 2 + s // 10,
+            "time": 0.0,
+        }
         for s in range(1, steps + 1)
     ]
     if steps > 5:

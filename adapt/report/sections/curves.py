@@ -28,6 +28,7 @@ def curves(config: CurvesConfig):
         lines = [line for run in runs for line in [*run.train, *run.evaluations]]
         keys = dict.fromkeys(k for line in lines for k, v in line.items() if k not in APART and is_number(v))
         keys = [k for k in keys if any(len(run.points(k)) > 1 for run in runs)]
+        keys = [k for k in keys if not (k.startswith("loss/") and k.count("/") > 1)]  # of layers: a section of its own
         keys.sort(key=lambda k: k.startswith("eval/"))  # stable: in the order of the log otherwise
         if not keys:
             return None
