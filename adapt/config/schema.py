@@ -288,8 +288,8 @@ class Interpolation:
 class Export:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the exported weights; logits are compared in this dtype before the export counts as done."""
-    target: Literal["hf"] = "hf"
-    """What must be able to load the folder."""
+    target: Literal["hf", "vllm"] = "hf"
+    """What must be able to load the folder besides transformers; what it cannot express is refused by name."""
     interpolation: Interpolation | None = None
     """Export weights between the start and the end of the run: less is forgotten, for a part of the gain. The start is
     kept as a checkpoint of its own, so the section must be there from the beginning."""

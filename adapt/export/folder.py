@@ -17,6 +17,7 @@ from adapt.config.schema import Recipe
 from adapt.errors import Problem, UserError
 from adapt.export.code import write_code
 from adapt.export.pieces import copy_model
+from adapt.export.stock import stock_form
 from adapt.export.verify import compare, reload
 from adapt.pretrained.cache import new_folder
 from adapt.pretrained.provenance import EXPORT_FILE
@@ -58,7 +59,7 @@ def export_folder(
     if manifest is not None:
         provenance = {**provenance, "data": _datasets(manifest)}
     extra_config = dict(extra_config or {})
-    stock = stock_copy(model, recipe.export.dtype, extra_config)
+    stock = stock_copy(stock_form(model, recipe.export.target), recipe.export.dtype, extra_config)
     if len(tokenizer) > stock.config.vocab_size:
         raise UserError(
             Problem(

@@ -37,11 +37,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks import blocks
 from .configuration_adapted import AdaptedConfig
 from .gated_linear import GatedLinear
+from .latent_attention import Latent
 from .layout import Layout
 from .mamba2 import Mamba2
 from .tokens import Tokens
 
-MIXERS: dict[str, type] = {"gated_linear": GatedLinear, "mamba2": Mamba2}
+MIXERS: dict[str, type] = {"gated_linear": GatedLinear, "latent": Latent, "mamba2": Mamba2}
 """Besides `attention`, which is the family's own."""
 
 
@@ -88,7 +89,7 @@ class AdaptedPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = sorted({mixer.created for mixer in MIXERS.values()})
+    _keep_in_fp32_modules_strict = sorted({m.created for m in MIXERS.values() if hasattr(m, "created")})
     _can_record_outputs = {"hidden_states": AdaptedLayer}
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class AdaptedModel(AdaptedPreTrainedModel):
         if layout is not None:
             return Tokens.of(layout)
         if attention_mask is not None and attention_mask.ndim != 2:
-            if any(layer.mixer in MIXERS for layer in self.layers):
+            if any(hasattr(layer.self_attn, "cache_layer") for layer in self.layers):
                 raise ValueError(
                     "a 4-D mask says nothing to a layer with a running state: give the padding mask [rows, tokens]"
                 )

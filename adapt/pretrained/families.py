@@ -23,7 +23,7 @@ REASONS = {
     "mixtral": "a mixture of experts: routing and its balance loss are not implemented",
     "qwen2_moe": "a mixture of experts: routing and its balance loss are not implemented",
     "qwen3_moe": "a mixture of experts: routing and its balance loss are not implemented",
-    "deepseek_v3": "multi-head latent attention and experts, not tested here",
+    "deepseek_v3": "a mixture of experts (without them, as conversions to latent attention export it, it is known)",
     "qwen3_next": "linear attention layers; convert from an attention-only model instead",
     "qwen3_5_text": "linear attention layers; convert from an attention-only model instead",
     "mamba": "no attention to lay out",
@@ -39,7 +39,7 @@ def family_problems(config, *, seq_len: int | None = None, trusted: bool = False
     kind = family(config)
     problems = []
     remote = trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if kind not in FAMILIES and not remote:
+    if kind not in FAMILIES and not remote and not dense_latent(config):
         problems.append(unsupported(kind))
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
@@ -71,6 +71,13 @@ def family_problems(config, *, seq_len: int | None = None, trusted: bool = False
 def family(config) -> str:
     """The family whose blocks a model has: its own, or that of the base a student was made of."""
     return getattr(config, "base_model_type", None) or config.model_type
+
+
+def dense_latent(config) -> bool:
+    """DeepseekV3 without experts: what a conversion to latent attention exports."""
+    if config.model_type != "deepseek_v3":
+        return False
+    return config.first_k_dense_replace >= config.num_hidden_layers and not config.num_nextn_predict_layers
 
 
 def unsupported(kind: str) -> Problem:
