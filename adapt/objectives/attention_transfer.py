@@ -23,7 +23,7 @@ from adapt.data.batch import PAD, Batch
 from adapt.errors import Problem
 from adapt.models import attention
 from adapt.models.layout import Layout
-from adapt.objectives.base import Facts, Models, Prepared, Term
+from adapt.objectives.base import Facts, Models, Prepared, Stateless, Term
 
 WATCHED = ("relative_error", "log2_half_life")
 """What a layer reports besides its loss, in linear_mixer.py's order."""
@@ -49,7 +49,7 @@ class AttentionTransferConfig:
             yield Problem("trainable.include", what)
 
 
-class AttentionTransfer:
+class AttentionTransfer(Stateless):
     def __init__(self, facts: Facts, scale: float):
         self.backend, self.layers, self.scale = facts.attention, facts.learning, scale
 
@@ -82,18 +82,6 @@ class AttentionTransfer:
         }
         whole = sum(found[1].detach() for found in out.errors.values())
         return {"transfer": loss, "relative_error": whole, **seen}
-
-    def largest_step(self) -> int:
-        return 0
-
-    def observe(self, results: dict[str, float]) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """There is nothing to go on from."""
-
-    def export_fields(self) -> dict[str, Any]:
-        return {}
 
 
 @objectives.register("attention_transfer")

@@ -103,6 +103,22 @@ class Objective(Protocol):
         config, and `block_size` is where suites measure."""
 
 
+class Stateless:
+    """What an objective says that is the same at every step and after every evaluation, and that decoding need not know."""
+
+    def largest_step(self) -> int:
+        return 0
+
+    def observe(self, results: dict[str, float]) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """There is nothing to go on from."""
+
+    def export_fields(self) -> dict[str, Any]:
+        return {}
+
+
 @dataclass(frozen=True)
 class Targets:
     """Supervised tokens of a batch as flat indices, so that no kernel waits for a boolean mask's size.

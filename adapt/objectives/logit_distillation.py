@@ -22,7 +22,7 @@ from adapt.losses.linear_cross_entropy import linear_cross_entropy
 from adapt.losses.linear_kl import linear_kl
 from adapt.models import attention
 from adapt.models.layout import Layout
-from adapt.objectives.base import Facts, Models, Prepared, Targets, Term, flat_rows
+from adapt.objectives.base import Facts, Models, Prepared, Stateless, Targets, Term, flat_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class LogitDistillationConfig:
             yield Problem("objective.kl", "is 0, so nothing would be distilled; use the objective next_token")
 
 
-class LogitDistillation:
+class LogitDistillation(Stateless):
     needs_teacher = True
 
     def __init__(self, config: LogitDistillationConfig, facts: Facts):
@@ -88,18 +88,6 @@ class LogitDistillation:
             rows = flat_rows(ours, inputs["ce_source"])
             found["ar"] = linear_cross_entropy(rows, head, inputs["target"], weight=inputs["ce_weight"])
         return found
-
-    def largest_step(self) -> int:
-        return 0
-
-    def observe(self, results: dict[str, float]) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """There is nothing to go on from."""
-
-    def export_fields(self) -> dict[str, Any]:
-        return {}
 
 
 @objectives.register("logit_distillation")

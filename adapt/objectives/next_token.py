@@ -22,7 +22,7 @@ from adapt.losses.linear_cross_entropy import linear_cross_entropy
 from adapt.losses.linear_kl import linear_kl
 from adapt.models import attention
 from adapt.models.layout import Layout
-from adapt.objectives.base import Facts, Models, Prepared, Targets, Term, flat_rows
+from adapt.objectives.base import Facts, Models, Prepared, Stateless, Targets, Term, flat_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Replayed:
         return Replayed(**moved)
 
 
-class NextToken:
+class NextToken(Stateless):
     def __init__(self, facts: Facts, kl_to_base: float = 0.0):
         self.backend, self.replay, self.kl_to_base = facts.attention, facts.replay, kl_to_base
 
@@ -140,18 +140,6 @@ class NextToken:
             attention.head_weight(models.teacher),
             weight=replayed.weight,
         )
-
-    def largest_step(self) -> int:
-        return 0
-
-    def observe(self, results: dict[str, float]) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """There is nothing to go on from."""
-
-    def export_fields(self) -> dict[str, Any]:
-        return {}
 
 
 @objectives.register("next_token")
