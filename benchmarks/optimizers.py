@@ -16,7 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from adapt.config import load  # noqa: E402
 
 OPTIMIZERS = {
     "adamw": {"weight_decay": 0.1},
@@ -24,7 +26,7 @@ OPTIMIZERS = {
     "soap": {"weight_decay": 0.1},
     "cosmos": {"weight_decay": 0.1},
 }
-RATES = {"scratch": (2e-3, 6e-3, 2e-2), "continued": (3e-5, 1e-4, 3e-4)}
+RATES = {"scratch": (2e-3, 6e-3, 2e-2), "continued": (2e-4, 6e-4)}
 METRIC = {"scratch": "bpb/held-out", "continued": "bpb/security-val"}
 
 
@@ -32,9 +34,10 @@ def arm(name: str, rate: float) -> str:
     return f"{name}-{rate:.0e}"
 
 
-def arms(rates: tuple[float, ...]) -> dict[str, dict]:
+def arms(rates: tuple[float, ...], shipped: dict[str, dict]) -> dict[str, dict]:
+    """Each optimizer at each rate, with what the shipped arm says besides."""
     return {
-        arm(name, rate): {"optimizer": {"name": name, "lr": rate} | keys}
+        arm(name, rate): shipped.get(name, {}) | {"optimizer": {"name": name, "lr": rate} | keys}
         for name, keys in OPTIMIZERS.items()
         for rate in rates
     }
@@ -60,8 +63,8 @@ def scratch(runs: Path) -> dict:
 
 
 def continued(runs: Path) -> dict:
-    plain = {"suites": ["bpb"], "every": 8, "limit": 12, "best": None}
-    return {"extends": "cosmos", "trainer": {"steps": 16}, "evaluation": plain, "generation": {"prompts": []}}
+    """The shipped recipe; at 2e-4 its arms are the shipped ones."""
+    return {"extends": "cosmos"}
 
 
 RECIPES = {"scratch": scratch, "continued": continued}
@@ -69,10 +72,9 @@ RECIPES = {"scratch": scratch, "continued": continued}
 
 def train(which: str, runs: Path) -> None:
     runs.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPES[which](runs) | {"run": {"name": which, "dir": str(runs)}, "arms": arms(RATES[which])}
-    recipe["logging"] = {"tensorboard": False}
-    if which == "continued":  # the arms of the recipe it extends
-        recipe["arms"] = dict.fromkeys(OPTIMIZERS) | recipe["arms"]
+    recipe = RECIPES[which](runs) | {"run": {"name": which, "dir": str(runs)}, "logging": {"tensorboard": False}}
+    shipped = load("cosmos").plain["arms"] if which == "continued" else {}
+    recipe["arms"] = dict.fromkeys(shipped) | arms(RATES[which], shipped)  # null: not by their own names
     file = runs / f"{which}.yaml"
     file.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
     subprocess.run([sys.executable, "-m", "adapt", "fit", "-c", str(file), "--resume=auto"], check=True)
