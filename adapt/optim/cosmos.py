@@ -17,7 +17,7 @@ from torch import nn
 
 from adapt.components import optimizers
 from adapt.errors import Problem
-from adapt.optim.groups import GroupedConfig, epsilon_problems, share_problems
+from adapt.optim.groups import GroupedConfig, epsilon_problems, newton_schulz_problems, share_problems
 from adapt.optim.routing import param_groups
 from adapt.optim.suite import Suite
 
@@ -93,11 +93,7 @@ class CosmosConfig(GroupedConfig):
             yield Problem("optimizer.gamma", f"{self.gamma} must be 0 or more; 0.2 to 0.5 is usual")
         if self.rank == 0 and self.gamma == 0:
             yield Problem("optimizer.gamma", "0 with rank 0 leaves no update at all; raise one of them")
-        if self.ns_steps < 1:
-            yield Problem("optimizer.ns_steps", f"{self.ns_steps} must be 1 or more; 5 is usual")
-        if len(self.ns_coefficients) != 3:
-            what = f"{list(self.ns_coefficients)}: a quintic polynomial in x has three"
-            yield Problem("optimizer.ns_coefficients", what)
+        yield from newton_schulz_problems(self)
 
     def group(self) -> dict:
         """Of the matrices, for the Suite."""

@@ -121,3 +121,12 @@ def epsilon_problems(config) -> Iterator[Problem]:
 def given(config: GroupedConfig) -> list[str]:
     """Roles the recipe says something about."""
     return [role for role, group in config.sections().items() if group != GroupConfig()]
+
+
+def newton_schulz_problems(config) -> Iterator[Problem]:
+    """Of `ns_steps` and `ns_coefficients`."""
+    if config.ns_steps < 1:
+        yield Problem("optimizer.ns_steps", f"{config.ns_steps} must be 1 or more; 5 is usual")
+    if len(config.ns_coefficients) != 3:
+        what = f"{list(config.ns_coefficients)}: a quintic polynomial in x has three"
+        yield Problem("optimizer.ns_coefficients", what)

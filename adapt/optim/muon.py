@@ -15,7 +15,7 @@ from torch import nn
 
 from adapt.components import optimizers
 from adapt.errors import Problem
-from adapt.optim.groups import GroupedConfig, epsilon_problems, share_problems
+from adapt.optim.groups import GroupedConfig, epsilon_problems, newton_schulz_problems, share_problems
 from adapt.optim.newton_schulz import QUINTIC
 from adapt.optim.routing import param_groups
 from adapt.optim.suite import Suite
@@ -56,11 +56,7 @@ class MuonConfig(GroupedConfig):
         yield from super().problems(recipe)
         yield from share_problems(self, "momentum", "adam_beta1", "adam_beta2")
         yield from epsilon_problems(self)
-        if self.ns_steps < 1:
-            yield Problem("optimizer.ns_steps", f"{self.ns_steps} must be 1 or more; 5 is usual")
-        if len(self.ns_coefficients) != 3:
-            what = f"{list(self.ns_coefficients)}: a quintic polynomial in x has three"
-            yield Problem("optimizer.ns_coefficients", what)
+        yield from newton_schulz_problems(self)
 
     def group(self) -> dict:
         """Of the matrices, for the Suite."""
