@@ -211,6 +211,9 @@ class Trainer:
     """torch.compile every decoder layer."""
     activation_checkpointing: bool = False
     """Recompute layers in the backward pass: about 0.4x the activation memory for 1.3x the time."""
+    deterministic: bool = False
+    """The same bits from every run on the same hardware and ranks (on CPUs they are in any case). Slower on GPUs; an
+    operation that has no such form there stops the run and is named."""
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
     """A non-finite loss or gradient: `stop` (the weights stay as they were), `skip` the update, or `rewind` to the last
     checkpoint and leave out the data in between."""

@@ -26,6 +26,7 @@ from adapt.runfolder import RunFolder
 from adapt.train import interpolate
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
+from adapt.train.deterministic import deterministic, prepare
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.hooks import Hooks
 from adapt.train.mixing import total_steps
@@ -49,11 +50,13 @@ def fit(resolved: Resolved, resume: str = "no") -> int:
     began = float(os.environ.get(BEGAN, time.monotonic()))
     check_or_raise(resolved)
     _quiet()
+    exact = resolved.recipe.trainer.deterministic
+    prepare(exact)
     world = worlds.start(resolved.recipe.trainer.devices)
     try:
         folder = worlds.on_main(world, lambda: RunFolder.create(resolved, resume))
         folder = folder or RunFolder.follow(resolved, resume)
-        with StopFlag() as flag:
+        with StopFlag() as flag, deterministic(exact):
             _Run(resolved, folder, world, flag, began).go()
     finally:
         worlds.stop()
