@@ -23,7 +23,10 @@ class Conversion(Protocol):
         The tokenizer is null where it cannot be reached. Raises UserError for what can never work."""
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel | None:
-        """The same change on the real model and tokenizer: in place, or by returning another model with its weights."""
+        """The same change on the real model and tokenizer: in place, or by returning another model with its weights.
+
+        Unless `reads_layers` is true of the conversion, the decoder layers may be on the meta device
+        (adapt.pretrained.outline): their weights then follow by name."""
 
 
 def plan_conversions(recipe: Recipe, config, tokenizer):
@@ -50,6 +53,11 @@ def apply_conversions(recipe: Recipe, model, tokenizer):
         with named(where):
             model = conversion.apply(model, tokenizer) or model
     return model
+
+
+def reads_layers(recipe: Recipe) -> bool:
+    """Whether a conversion has to see the weights of the decoder layers."""
+    return any(getattr(conversion, "reads_layers", False) for _, conversion in _conversions(recipe))
 
 
 def _conversions(recipe: Recipe):

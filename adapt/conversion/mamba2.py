@@ -50,6 +50,7 @@ class Mamba2:
 
     def __init__(self, config: Mamba2Config, seed: int):
         self.config, self.seed = config, seed
+        self.reads_layers = config.norm and config.init == "identity"
 
     def plan(self, config, tokenizer):
         c = self.config
@@ -61,7 +62,7 @@ class Mamba2:
         from adapt.conversion.mixers import with_mixers
 
         student = with_mixers(model, self.plan(model.config, tokenizer)[0], self.seed)
-        if self.config.norm and self.config.init == "identity" and model.device.type != "meta":
+        if self.reads_layers and model.device.type != "meta":
             _set_norms(student, model, tokenizer)
         return student
 

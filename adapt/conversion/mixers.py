@@ -40,8 +40,10 @@ def _start(student: Any, model: Any, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in student.modules():
-            if any(p.is_meta for p in module.parameters(recurse=False)):
+        read = model.state_dict().keys()  # what is on the meta device in an outline comes from its files
+        for prefix, module in student.named_modules():
+            new = [n for n, p in module.named_parameters(recurse=False) if p.is_meta and f"{prefix}.{n}" not in read]
+            if new:
                 module.to_empty(device=model.device, recurse=False)
                 module.initialise()
     theirs = dict(model.named_buffers())

@@ -91,6 +91,8 @@ class XEcomlaConfig:
 
 
 class XEcomla:
+    reads_layers = True
+
     def __init__(self, config: XEcomlaConfig, recipe: Recipe):
         self.config, self.recipe = config, recipe
 

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from adapt.config.schema import Recipe, Trainable
-from adapt.conversion.base import apply_conversions, filled_rows
+from adapt.conversion.base import apply_conversions, filled_rows, reads_layers
 from adapt.conversion.mixers import created_parameters, learning_layers
 from adapt.distributed.shard import make_mesh, shard
+from adapt.distributed.sharded_start import fill
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
 from adapt.models import attention
@@ -16,6 +17,7 @@ from adapt.objectives.base import Facts
 from adapt.pretrained import load_model
 from adapt.pretrained.families import longest_row
 from adapt.pretrained.lora import add_lora
+from adapt.pretrained.outline import load_outline
 from adapt.tokenization.vocabulary import Vocabulary
 from adapt.train.frozen_rows import row_parameters
 from adapt.train.root import Root
@@ -24,17 +26,22 @@ from adapt.train.trainable import select
 
 def build_student(recipe: Recipe, tokenizer) -> nn.Module:
     """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one."""
-    model = load_model(recipe)
+    return _converted(recipe, load_model(recipe), tokenizer)
+
+
+def _converted(recipe: Recipe, model: nn.Module, tokenizer) -> nn.Module:
     model = apply_conversions(recipe, model, tokenizer)
     if recipe.trainable.lora is not None:
-        torch.manual_seed(recipe.run.seed)  # the same adapters on every rank
-        model = add_lora(model, recipe.trainable.lora)
+        model = add_lora(model, recipe.trainable.lora, recipe.run.seed)  # the same adapters on every rank
     return attention.use(model)
 
 
-def build_root(recipe: Recipe, student: nn.Module, world: World) -> Root:
-    """On the device, checkpointed, compiled and sharded as the recipe says."""
+def build_root(recipe: Recipe, tokenizer, world: World) -> Root:
+    """On the device, checkpointed, compiled and sharded as the recipe says. In a group no rank holds the whole model, unless
+    a conversion has to see its layers: then each builds it on the CPU first."""
     trainer = recipe.trainer
+    outline = load_outline(recipe) if world.grouped and not reads_layers(recipe) else None
+    student = _converted(recipe, outline[0], tokenizer) if outline else build_student(recipe, tokenizer)
     if trainer.activation_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     student.config.use_cache = False
@@ -47,6 +54,8 @@ def build_root(recipe: Recipe, student: nn.Module, world: World) -> Root:
         root.to(world.device)
     else:  # moves to the device layer by layer: no GPU holds the whole model
         shard(root, [student], make_mesh(world, trainer.mesh), compute_dtype(recipe, world))
+        if outline:
+            fill(student, outline[1], world.device, recipe.run.seed)
     return root.train()
 
 

@@ -24,7 +24,7 @@ from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
-from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
+from adapt.train.build import build_root, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
 from adapt.train.deterministic import deterministic, prepare
 from adapt.train.frozen_rows import FrozenRows
@@ -71,9 +71,8 @@ class _Run:
         recipe = resolved.recipe
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
-        student = build_student(recipe, self.tokenizer)
-        self.facts = facts_of(recipe, student, self.tokenizer)
-        self.root, self.teacher_of = build_root(recipe, student, world), None
+        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world), None
+        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
         self.state = State()
         if world.main:
             folder.begin(resolved)  # nothing is left behind by a start that failed before this
