@@ -40,12 +40,12 @@ def _rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def _fill(model: nn.Module, name: str, parameter: Tensor, rows: Tensor, device: torch.device) -> None:
-    local = rows.to(parameter.dtype).to(device)
+    local = torch.empty(rows.shape, dtype=parameter.dtype, device=device).copy_(rows)  # never a view of the file
     if not isinstance(parameter, DTensor):
         put(model, name, local)
         return
     whole = DTensor.from_local(
-        local.contiguous(),
+        local,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,

@@ -69,7 +69,7 @@ def load_outline(recipe: Recipe) -> tuple[Any, WeightFiles] | None:
     if wrong := sorted(n for n in outside if n not in files.files):
         raise lacks(recipe, wrong)
     for name, weight in files.rows(dict.fromkeys(outside)):
-        put(model, name, weight.to(dtype))
+        put(model, name, weight.to(dtype, copy=True))
     model.tie_weights()
     rebuild_rotary(model)
     if (folder / "generation_config.json").is_file():

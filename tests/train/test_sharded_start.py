@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -111,3 +116,38 @@ def recipe_of(base, folder, conversions: list[dict], lora: dict | None = None) -
     if lora:
         recipe["trainable"] = {"lora": lora}
     return recipe
+
+
+def grows_less(recipe: dict) -> None:
+    """RssAnon: what a rank holds, without the pages of files it has looked at."""
+    wanted = resolve(recipe).recipe
+    tokenizer = planned_tokenizer(wanted)
+    peak, before, done = 0, held(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    root = build.build_root(wanted, tokenizer, world(2))
+    done.set()
+    watcher.join()
+    weights = sum(p.numel() for p in root.student.parameters()) * 4
+    assert 0.45 * weights < peak - before < 0.75 * weights, (peak - before) / weights
+
+
+def held() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_rank_holds_much_more_than_its_half(tmp_path):
+    """100M parameters; the embedding (4 % of them) is whole on the way."""
+    base = tiny.save_tiny(
+        tmp_path / "base", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=6000
+    )
+    on_ranks(2, tmp_path, grows_less, recipe_of(base, tmp_path, []))
