@@ -20,6 +20,7 @@ from adapt.pretrained.lora import add_lora
 from adapt.pretrained.outline import load_outline
 from adapt.tokenization.vocabulary import Vocabulary
 from adapt.train.frozen_rows import row_parameters
+from adapt.train.recompute import checkpoint_layers
 from adapt.train.root import Root
 from adapt.train.trainable import select
 
@@ -42,8 +43,7 @@ def build_root(recipe: Recipe, tokenizer, world: World) -> Root:
     trainer = recipe.trainer
     outline = load_outline(recipe) if world.grouped and not reads_layers(recipe) else None
     student = _converted(recipe, outline[0], tokenizer) if outline else build_student(recipe, tokenizer)
-    if trainer.activation_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(student, trainer.activation_checkpointing)
     student.config.use_cache = False
     if trainer.compile:
         attention.keep_out_of_graphs()

@@ -279,11 +279,12 @@ def test_lora_trains_few_parameters_and_exports_merged(tiny_base, tmp_path):
     assert not any("lora" in n or "base_layer" in n for n in names)
 
 
-def test_activation_checkpointing_changes_no_loss(tiny_base, tmp_path):
+@pytest.mark.parametrize("policy", [True, "selective", "offload"])
+def test_activation_checkpointing_changes_no_loss(policy, tiny_base, tmp_path):
     """Configurations that must give the same trajectory, through the real run."""
     plain = tiny_recipe(tiny_base, tmp_path, run={"name": "plain"})
     again = tiny_recipe(tiny_base, tmp_path, run={"name": "again"})
-    again["trainer"] |= {"activation_checkpointing": True, "microbatch": 4}
+    again["trainer"] |= {"activation_checkpointing": policy, "microbatch": 4}
     for recipe in (plain, again):
         recipe["evaluation"] = {}
         fit(resolve(recipe))
