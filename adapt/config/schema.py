@@ -187,6 +187,9 @@ class Mesh:
     """Ranks that share one copy of the model (FSDP2). `auto`: all ranks / replicate."""
     replicate: int = 1
     """Copies of the sharded model (HSDP)."""
+    offload: bool = False
+    """Sharded weights, gradients and the optimizer's state live in the host's memory, and weights visit the GPU a layer at
+    a time: room for a larger model, and a slower step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from adapt.objectives.base import Facts
 from adapt.pretrained import load_model
 from adapt.pretrained.families import longest_row
 from adapt.pretrained.lora import add_lora
-from adapt.pretrained.outline import load_outline
+from adapt.pretrained.outline import WeightFiles, load_outline
 from adapt.tokenization.vocabulary import Vocabulary
 from adapt.train.frozen_rows import row_parameters
 from adapt.train.recompute import checkpoint_layers
@@ -50,13 +50,23 @@ def build_root(recipe: Recipe, tokenizer, world: World) -> Root:
         for layer in student.get_decoder().layers:
             layer.compile()
     root = Root(student)
-    if not world.grouped:
-        root.to(world.device)
-    else:  # moves to the device layer by layer: no GPU holds the whole model
-        shard(root, [student], make_mesh(world, trainer.mesh), compute_dtype(recipe, world))
-        if outline:
-            fill(student, outline[1], world.device, recipe.run.seed)
+    place(root, student, outline[1] if outline else None, recipe, world)
     return root.train()
+
+
+def place(root: nn.Module, model: nn.Module, files: WeightFiles | None, recipe: Recipe, world: World) -> None:
+    """On the device, sharded where there is a group: layer by layer, so that no GPU holds the whole model. What `files`
+    have of it is read into the shards. Raises UserError for a mesh that this world cannot be."""
+    mesh = recipe.trainer.mesh
+    if not world.grouped:
+        if mesh.offload:
+            what = "true: weights can wait on the CPU for a GPU, and this run has one CPU process; leave it out"
+            raise UserError(Problem("trainer.mesh.offload", what))
+        root.to(world.device)
+        return
+    shard(root, [model], make_mesh(world, mesh), compute_dtype(recipe, world), mesh.offload)
+    if files is not None:
+        fill(model, files, torch.device("cpu") if mesh.offload else world.device, recipe.run.seed)
 
 
 def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:

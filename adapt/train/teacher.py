@@ -6,14 +6,12 @@ import dataclasses
 from typing import Any
 
 from adapt.config.schema import Model, Recipe, Tokenizer
-from adapt.distributed.shard import make_mesh, shard
-from adapt.distributed.sharded_start import fill
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
 from adapt.models import attention
 from adapt.pretrained import load_model, load_tokenizer
 from adapt.pretrained.outline import load_outline
-from adapt.train.build import compute_dtype
+from adapt.train.build import place
 from adapt.train.root import Frozen
 from adapt.train.rules import learners
 
@@ -29,11 +27,7 @@ def build_teacher(recipe: Recipe, tokenizer: Any, world: World) -> Frozen | None
     model = attention.use(outline[0] if outline else load_model(theirs))
     model.config.use_cache = False
     frozen = Frozen(model)
-    if not world.grouped:
-        return frozen.to(world.device)
-    shard(frozen, [model], make_mesh(world, recipe.trainer.mesh), compute_dtype(recipe, world))
-    if outline:
-        fill(model, outline[1], world.device, recipe.run.seed)
+    place(frozen, model, outline[1] if outline else None, recipe, world)
     return frozen
 
 

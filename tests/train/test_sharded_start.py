@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from adapt.config import resolve
 from adapt.conversion.base import planned_tokenizer
 from adapt.distributed.world import World
+from adapt.errors import UserError
 from adapt.pretrained import load, outline
 from adapt.train import build
 from adapt.train.teacher import build_teacher
@@ -151,3 +152,9 @@ def test_no_rank_holds_much_more_than_its_half(tmp_path):
         tmp_path / "base", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=6000
     )
     on_ranks(2, tmp_path, grows_less, recipe_of(base, tmp_path, []))
+
+
+def test_offloading_needs_a_device_to_offload_from(tiny_base, tmp_path):
+    wanted = resolve(recipe_of(tiny_base, tmp_path, []) | {"trainer": {"steps": 1, "mesh": {"offload": True}}}).recipe
+    with pytest.raises(UserError, match=r"trainer\.mesh\.offload.*one CPU process"):
+        build.build_root(wanted, planned_tokenizer(wanted), world(1))
