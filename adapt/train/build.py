@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,10 +24,11 @@ from adapt.train.root import Root
 from adapt.train.trainable import select
 
 
-def build_student(recipe: Recipe, tokenizer) -> nn.Module:
-    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one."""
+def build_student(recipe: Recipe, tokenizer, decided: dict[str, Any] | None = None) -> nn.Module:
+    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one.
+    `decided`: what conversions found when the run began (apply_conversions); what is missing is added."""
     model = load_model(recipe)
-    model = apply_conversions(recipe, model, tokenizer)
+    model = apply_conversions(recipe, model, tokenizer, decided)
     if recipe.trainable.lora is not None:
         torch.manual_seed(recipe.run.seed)  # the same adapters on every rank
         model = add_lora(model, recipe.trainable.lora)
@@ -93,8 +96,11 @@ def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
     )
 
 
-def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Module | None:
-    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective."""
+def whole_student(
+    recipe: Recipe, tokenizer, root: Root, world: World, decided: dict[str, Any] | None = None
+) -> nn.Module | None:
+    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective.
+    `decided`: what it was built with (build_student)."""
     import copy
 
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -107,7 +113,7 @@ def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Mod
         weights = {n.removeprefix("student."): w for n, w in weights.items() if n.startswith("student.")}
         if not world.main:
             return None
-        model = build_student(recipe, copy.deepcopy(tokenizer))
+        model = build_student(recipe, copy.deepcopy(tokenizer), decided)
         model.load_state_dict(weights)
     else:
         model = copy.deepcopy(root.student).cpu()
