@@ -36,6 +36,7 @@ class Recurrent:
         return planned(config, self.mixer, self._layers(config), self.options(config)), tokenizer
 
     def apply(self, model, tokenizer):
+        self.decided = self.decided or self.decide(model, tokenizer)
         config, _ = self.plan(model.config, tokenizer)
         if self.decided:
             config.transfer_errors = self.decided["errors"]
