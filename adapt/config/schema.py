@@ -296,8 +296,9 @@ class Interpolation:
 class Export:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the exported weights; logits are compared in this dtype before the export counts as done."""
-    target: Literal["hf", "vllm"] = "hf"
-    """What must be able to load the folder besides transformers; what it cannot express is refused by name."""
+    target: Literal["hf", "vllm", "code"] = "hf"
+    """What must be able to load the folder besides transformers; what it cannot express is refused by name. `code`:
+    students of ours keep their own class, and with it ranks of each layer's own, which stock classes pad."""
     interpolation: Interpolation | None = None
     """Export weights between the start and the end of the run: less is forgotten, for a part of the gain. The start is
     kept as a checkpoint of its own, so the section must be there from the beginning."""

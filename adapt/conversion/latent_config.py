@@ -3,6 +3,7 @@ exactly, else that of the class with a mixer per layer (x-ecomla spec, section 8
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,21 @@ def student_config(config: Any, layout: Layout) -> Any:
         "o_bias": layout.biases or layout.ballast,
     }
     return AdaptedConfig.of(config, dict.fromkeys(layout.layers, "latent"), {"latent": options})
+
+
+def told(config: Any, layout: Layout, target: str) -> str:
+    """What the user hears of ranks that follow from the weights; `target`: of the export."""
+    teacher, ranks = TeacherShape.of(config), layout.kv_ranks
+    shapes: dict[int, int] = dict(zip(layout.layers, (r + layout.rope_dim for r in ranks), strict=True))
+    whole = config.num_hidden_layers * teacher.cache
+    numbers = sum(shapes.get(i, teacher.cache) for i in range(config.num_hidden_layers))
+    text = f"latents of {', '.join(map(str, ranks))}: {numbers:,} numbers of cache per token, {numbers / whole:.1%} of the base's"
+    stock = dataclasses.replace(layout, free_ranks=False, kv_ranks=ranks[:1], q_rank=None)
+    if target != "code" and len(set(ranks)) > 1 and not stock.foreign(config.num_hidden_layers):
+        padded = len(ranks) * (max(ranks) + layout.rope_dim)
+        text += f". An export in the stock class pads all of them to {max(ranks)} ({padded / whole:.1%}); export.target: code "
+        text += "keeps them"
+    return text
 
 
 def stock_config(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,24 +27,26 @@ from adapt.train.root import Root
 from adapt.train.trainable import select
 
 
-def build_student(recipe: Recipe, tokenizer) -> nn.Module:
-    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one."""
-    return _converted(recipe, load_model(recipe), tokenizer)
+def build_student(recipe: Recipe, tokenizer, decided: dict[str, Any] | None = None) -> nn.Module:
+    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one.
+    `decided`: what conversions found when the run began (apply_conversions); what is missing is added."""
+    return _converted(recipe, load_model(recipe), tokenizer, decided)
 
 
-def _converted(recipe: Recipe, model: nn.Module, tokenizer) -> nn.Module:
-    model = apply_conversions(recipe, model, tokenizer)
+def _converted(recipe: Recipe, model: nn.Module, tokenizer, decided: dict[str, Any] | None) -> nn.Module:
+    model = apply_conversions(recipe, model, tokenizer, decided)
     if recipe.trainable.lora is not None:
         model = add_lora(model, recipe.trainable.lora, recipe.run.seed)  # the same adapters on every rank
     return attention.use(model)
 
 
-def build_root(recipe: Recipe, tokenizer, world: World) -> Root:
+def build_root(recipe: Recipe, tokenizer, world: World, decided: dict[str, Any] | None = None) -> Root:
     """On the device, checkpointed, compiled and sharded as the recipe says. In a group no rank holds the whole model, unless
-    a conversion has to see its layers: then each builds it on the CPU first."""
+    a conversion has to see its layers: then each builds it on the CPU first. `decided` as in build_student."""
     trainer = recipe.trainer
     outline = load_outline(recipe) if world.grouped and not reads_layers(recipe) else None
-    student = _converted(recipe, outline[0], tokenizer) if outline else build_student(recipe, tokenizer)
+    model = outline[0] if outline else load_model(recipe)
+    student = _converted(recipe, model, tokenizer, decided)
     checkpoint_layers(student, trainer.activation_checkpointing)
     student.config.use_cache = False
     if trainer.compile:
@@ -112,8 +116,11 @@ def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
     )
 
 
-def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Module | None:
-    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective."""
+def whole_student(
+    recipe: Recipe, tokenizer, root: Root, world: World, decided: dict[str, Any] | None = None
+) -> nn.Module | None:
+    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective.
+    `decided`: what it was built with (build_student)."""
     import copy
 
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -126,7 +133,7 @@ def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Mod
         weights = {n.removeprefix("student."): w for n, w in weights.items() if n.startswith("student.")}
         if not world.main:
             return None
-        model = build_student(recipe, copy.deepcopy(tokenizer))
+        model = build_student(recipe, copy.deepcopy(tokenizer), decided)
         model.load_state_dict(weights)
     else:
         model = copy.deepcopy(root.student).cpu()

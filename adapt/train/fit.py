@@ -71,7 +71,8 @@ class _Run:
         recipe = resolved.recipe
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
-        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world), None
+        decided = _decided(folder)
+        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, decided), None
         self.facts = facts_of(recipe, self.root.student, self.tokenizer)
         self.state = State()
         if world.main:
@@ -82,11 +83,14 @@ class _Run:
         self.resume_from = saved[-1] if folder.resumed and saved else None
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
+        self.state.decided = decided
         self.loggers: list[Any] = []
         if world.main:
             from adapt.train.loggers import build_loggers
 
             self.loggers = build_loggers(recipe, folder.path, self.state.step if folder.resumed else 0)
+        for where, answer in decided.items():
+            self._say(f"{where}: {answer['text']}")
 
     def _prepare(self, recipe: Recipe):
         """Rank 0 prepares the shards, the others find them ready."""
@@ -320,7 +324,7 @@ class _Run:
         results, folder = self.state.results, self.folder
         if recipe.export.interpolation is not None:
             results = results | self._interpolate(recipe, objective)
-        model = whole_student(recipe, self.tokenizer, self.root, self.world)
+        model = whole_student(recipe, self.tokenizer, self.root, self.world, self.state.decided)
         # The export comes first: a prompt that cannot be decoded must not cost it.
         worlds.on_main(
             self.world,
@@ -381,6 +385,12 @@ class _Run:
         if self.world.main:
             self.folder.log(text)
             print(text)
+
+
+def _decided(folder: RunFolder) -> dict[str, Any]:
+    """What the conversions of a run that goes on found when it began; {} before its first checkpoint."""
+    saved = checkpoint.checkpoints(folder.checkpoints) if folder.resumed else []
+    return worlds.from_main(checkpoint.read_state(saved[-1]).get("decided", {}) if saved else {})
 
 
 def stream_tokens(data) -> int:

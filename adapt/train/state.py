@@ -34,6 +34,8 @@ class State:
     """`before` and `after`: evaluation results."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
+    decided: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What conversions found in the base's weights when the run began (which layers, which ranks), by their key."""
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each data set of the stage, and of the plan in which they are read."""
     finished: Literal["", "steps", "data", "rule"] = ""
