@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -53,6 +54,10 @@ class EvalContext:
     start: Mapping[str, float] | None = None
     """What the run measured before its first step: {} where this is that measurement, None where there is no such
     thing, and nothing to compare with."""
+    base: Callable[[], AbstractContextManager[Callable[..., Any]]] | None = None
+    """Opens the model before its conversions and gives what `call` is for it; None where nobody knows it."""
+    measured: list[str] = field(default_factory=list)
+    """What was measured of models that do not change (others.py): the same list at every evaluation of a run."""
     device: torch.device | str = "cpu"
     seed: int = 0
 
