@@ -40,8 +40,8 @@ class EvalContext:
     tokenizer: Any
     eval_sets: Mapping[str, Callable[..., Iterator[Batch]]]
     """Dataset label -> a fresh pass over this rank's share of the held-out rows; on every rank equally many batches,
-    with rows of padding where it has fewer, so that the models may be called for each. Takes `row_bytes` and
-    `byte_lengths` of adapt.data.stream.eval_batches."""
+    with rows of padding where it has fewer, so that the models may be called for each. Takes `row_bytes`,
+    `byte_lengths`, `row_tokens` and `joined` of adapt.data.stream.eval_batches."""
     reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
     """Sums of this rank -> sums over all ranks, in float64. Collective."""
     keep: Callable[[Grid], None] = lambda grid: None
@@ -70,6 +70,10 @@ class EvalContext:
         if row_bytes is None:
             return self.eval_sets[label]()
         return self.eval_sets[label](row_bytes=row_bytes, byte_lengths=self.byte_lengths.numpy())
+
+    def long_batches(self, label: str, row_tokens: int, joined: bool) -> Iterator[Batch]:
+        """Rows of so many tokens, whatever `data.seq_len` is. `joined`: documents of a row are one text."""
+        return self.eval_sets[label](row_tokens=row_tokens, joined=joined)
 
     @cached_property
     def byte_lengths(self) -> Tensor:

@@ -50,6 +50,14 @@ def make_run(folder, name, steps=20, whole=True):
     )
     grid = {"suite": "passkey", "rows": ["256", "512"], "columns": ["0-50", EVIL], "trials": 9}
     grids = [{"step": s, **grid, "cells": [[0.0, s / 40], [0.125, None]]} for s in (0, 10, steps)]
+    positions = {
+        "step": 0,
+        "suite": "nll_by_position",
+        "unit": "nats per token",
+        "rows": [EVIL],
+        "columns": ["0-8", EVIL],
+    }
+    grids += [positions | {"model": model, "cells": [[2.0, 1.0]], "trials": 3} for model in ("", EVIL)]
     (run / "grids.jsonl").write_text("".join(json.dumps(x) + "\n" for x in grids) + '{"step": 5, "rows": 3}\n{"st')
     (run / "environment.json").write_text(json.dumps({"hardware": {"cores": 2, "cpu": "a CPU", "gpus": []}}))
     return run
