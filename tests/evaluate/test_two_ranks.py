@@ -76,7 +76,12 @@ def compared(context, here) -> dict[str, float]:
         shard(frozen, [frozen.model], make_mesh(here, Mesh()), torch.float64)
     context = replace(context, call=partial(look, root), base=lambda: nullcontext(partial(look_at, frozen)))
     fields = {"lengths": (250, 280, 300), "depths": 1, "trials": 1, "compare": ("teacher", "window")}
-    return decode({"name": "passkey", **fields}, SuiteChoice).build()(context)
+    results = decode({"name": "passkey", **fields}, SuiteChoice).build()(context)
+    small = {"lengths": (250,), "depths": 1, "trials": 1}
+    for suite in ({"name": "ablation", **small}, {"name": "half_lives"}, {"name": "bpb"}):
+        results |= decode(suite, SuiteChoice).build()(context)
+    assert results["bpb/text"] == results["ablation/whole/bpb/text"], "every part is back in its place"
+    return results
 
 
 SUITES = {
