@@ -135,6 +135,7 @@ def source_of(shipped: dict, path) -> dict:
 def short(suite: dict, folder) -> dict:
     suite = suite | {k: SHORT for k in ("prompt_tokens", "new_tokens", "max_new_tokens") if k in suite}
     suite |= {"lengths": [480], "depths": 1, "trials": 1} if "lengths" in suite else {}
+    suite |= {"length": 128} if "length" in suite else {}
     if "source" in suite:
         path = folder / "questions.jsonl"
         asked = {"prompt": "what does the model read?", "response": "7 pages", "distractors": ["words", "noisy text"]}

@@ -88,11 +88,21 @@ def eval_batches(
     *,
     row_bytes: int | None = None,
     byte_lengths: np.ndarray | None = None,
+    row_tokens: int | None = None,
+    joined: bool = False,
 ) -> Iterator[Batch]:
     """The first `limit` rows of a held-out set, dealt out to the ranks. Every rank gets the same number of batches of
     the same size, filled up with rows of padding (`sample_index` -1), so that collectives in the model meet.
-    `row_bytes`, `byte_lengths`: see Rows; batches are then as long as their longest row."""
-    rows = Rows(shards, seq_len, EVAL_SEED, row_bytes=row_bytes, byte_lengths=byte_lengths)
+    `row_bytes`, `byte_lengths`: see Rows; batches are then as long as their longest row. `row_tokens`: rows of so many
+    tokens instead of `seq_len`; `joined`: documents of a row are one text."""
+    rows = Rows(
+        shards,
+        row_tokens or seq_len,
+        EVAL_SEED,
+        cross_document_attention=joined,
+        row_bytes=row_bytes,
+        byte_lengths=byte_lengths,
+    )
     count = num_eval_rows(rows, limit)
     per_rank = -(-count // (world * rows.unit)) * rows.unit
     for start in range(0, per_rank, rows_per_batch):

@@ -176,9 +176,23 @@ def context_of(
             attention=recipe.model.attention if recipe else "auto",
         ),
         contract=Contract.of(model.config),
+        base=base_of(recipe, opened, device) if recipe and recipe.model.conversions else None,
         device=device,
         seed=seed,
     )
+
+
+def base_of(recipe: Recipe, opened: Opened, device: Any):
+    """The recipe's model before its conversions, to be opened; in the dtype of the one that is measured."""
+    from dataclasses import replace
+    from functools import partial
+
+    from adapt.distributed.world import World
+    from adapt.train.teacher import base_model
+
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    alike = replace(recipe, model=replace(recipe.model, dtype=dtype))
+    return partial(base_model, alike, opened.tokenizer, World(0, 0, 1, 1, device))
 
 
 def teacher_of(recipe: Recipe | None, chosen: tuple[SuiteChoice, ...], tokenizer: Any, device: Any):

@@ -36,7 +36,7 @@ from adapt.train.root import look
 from adapt.train.rules import learners
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
-from adapt.train.teacher import build_teacher
+from adapt.train.teacher import base_model, build_teacher
 
 
 def fit(resolved: Resolved, resume: str = "no") -> int:
@@ -307,6 +307,8 @@ class _Run:
             contract=Contract.of(objective.export_fields()),
             guards=guard_labels(recipe.data, list(sets)),
             start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
+            base=partial(base_model, recipe, self.tokenizer, world, self.root.teacher),
+            measured=self.state.measured,
             device=world.device,
             seed=recipe.run.seed,
         )

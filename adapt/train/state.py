@@ -32,6 +32,8 @@ class State:
     """Stop rules: metric -> [lowest value so far, evaluations since]."""
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     """`before` and `after`: evaluation results."""
+    measured: list[str] = field(default_factory=list)
+    """What evaluations have measured of models that do not change (adapt.evaluate.others)."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
     decided: dict[str, dict[str, Any]] = field(default_factory=dict)
