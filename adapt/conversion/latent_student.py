@@ -97,7 +97,7 @@ def _cut(start: _Start, layout: Layout, wish: XEcomlaConfig) -> tuple[int, dict[
     """(rank, parameters) of a layer."""
     rank = layout.kv_ranks[0]
     if wish.kv_energy is not None:
-        full = most_kv_rank(start.layer.shape, layout.nope_dim, ballast=layout.ballast)
+        full = most_kv_rank(start.layer.shape, len(start.layer.dims.joint), ballast=layout.ballast)
         rank = round_up(start.layer.kv.rank_of_energy(wish.kv_energy) + layout.ballast, full)
     rms = latent_rms(start.inputs.sample) if wish.latent_norm in ("ballast", "calibrated") else None
     found = start.layer.weights(rank, layout.q_rank, wish.sigma, rms, layout.ballast)

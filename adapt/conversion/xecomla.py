@@ -42,7 +42,13 @@ class XEcomlaConfig:
     """Dimensions of a head without positions. null: the others. More than those only with `rope: last`."""
     rope: Literal["high", "stride", "last"] = "high"
     """Which dimensions carry positions: those of the teacher's `high` frequencies, of every n-th (`stride`), or the
-    `last` ones as they stand, as published, which for half-split RoPE keeps no frequency."""
+    `last` ones as they stand, as published, which for half-split RoPE keeps no frequency (the latent is then made for
+    whole keys, as published too, though some of their dimensions are dropped)."""
+    rope_scaling: Literal["base", "yarn"] = "base"
+    """How positions beyond the base's first context are scaled: as the `base` does it, or by YaRN with the base's factor,
+    as published (whatever the base's own scaling is; nothing compensates for YaRN's larger scores)."""
+    yarn_context: int = 4096
+    """Context that YaRN stretches. The authors' X-EcoMLA models have 4096, their later ones 8192, which is Llama 3's."""
     shared_key: Literal["mean", "pca"] = "pca"
     """How one key stands for those of all heads: their `mean` (as published), or per frequency the mixture that keeps
     the most of them (`pca`)."""
@@ -84,6 +90,13 @@ class XEcomlaConfig:
             if rank is not None and (rank < MULTIPLE or rank % MULTIPLE):
                 near = max(MULTIPLE, round(rank / MULTIPLE) * MULTIPLE)
                 yield Problem("", f"xecomla: {key}={rank} must be a multiple of {MULTIPLE}; try {near}")
+        if self.yarn_context < 1:
+            yield Problem(
+                "", f"xecomla: yarn_context={self.yarn_context} must be 1 or more tokens; 4096 is the authors'"
+            )
+        elif self.yarn_context != 4096 and self.rope_scaling != "yarn":
+            what = f"xecomla: yarn_context={self.yarn_context} is for rope_scaling: yarn; leave it out, or set that"
+            yield Problem("", what)
         if self.calibration_tokens < 1:
             yield Problem("", f"xecomla: calibration_tokens={self.calibration_tokens} must be 1 or more; 4096 is usual")
         if self.start == "random" and self.kv_energy is not None:
@@ -111,7 +124,8 @@ class XEcomla:
             layers = chosen_layers(wish.layers, "none", config.num_hidden_layers)
         except UserError as error:
             layers, problems = (), list(error.problems)
-        problems += latent_config.teacher_problems(config, layers)
+        yarn = wish.yarn_context if wish.rope_scaling == "yarn" else None
+        problems += latent_config.teacher_problems(config, layers, yarn=yarn is not None)
         rope_dim = teacher.head_dim // 2 if wish.rope_dim is None else wish.rope_dim
         nope_dim = teacher.head_dim - rope_dim if wish.nope_dim is None else wish.nope_dim
         problems += _dim_problems(rope_dim, nope_dim, wish.rope, teacher.head_dim)
@@ -126,7 +140,7 @@ class XEcomla:
             q_rank=wish.q_rank,
             nope_dim=nope_dim,
             rope_dim=rope_dim,
-            rope=latent_config.rope_of(config, wish.rope, rope_dim),
+            rope=latent_config.rope_of(config, wish.rope, rope_dim, yarn),
             kv_norm=wish.latent_norm != "none",
             biases=latent_config.has_biases(config) and wish.biases == "keep",
             ballast=wish.ballast,
@@ -139,7 +153,7 @@ class XEcomla:
 
     def _kv_rank(self, teacher: TeacherShape, nope_dim: int, rope_dim: int) -> tuple[int, list[Problem]]:
         wish = self.config
-        full = most_kv_rank(teacher, nope_dim, ballast=wish.ballast)
+        full = most_kv_rank(teacher, teacher.head_dim if wish.rope == "last" else nope_dim, ballast=wish.ballast)
         if wish.kv_energy is not None:
             return full, []
         share = 0.5 if wish.kv_cache is None else wish.kv_cache
