@@ -97,7 +97,7 @@ def starts_of(model: nn.Module, layout: Layout, wish: XEcomlaConfig, recipe: Rec
 def free_ranks(starts: list[LayerStart], layout: Layout, wish: XEcomlaConfig, config: Any) -> list[int]:
     """The rank of each layer, of `kv_energy` (of each for itself) or `kv_budget` (of all together); `config`: the base's."""
     teacher = TeacherShape.of(config)
-    full = most_kv_rank(teacher, layout.nope_dim, ballast=layout.ballast)
+    full = most_kv_rank(teacher, len(starts[0].dims.joint), ballast=layout.ballast)
     if wish.kv_energy is not None:
         return [round_up(start.kv.rank_of_energy(wish.kv_energy) + layout.ballast, full) for start in starts]
     room = latent_room(wish.kv_budget, teacher, config.num_hidden_layers, len(layout.layers), layout.rope_dim)

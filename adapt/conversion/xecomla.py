@@ -47,7 +47,13 @@ class XEcomlaConfig:
     """Dimensions of a head without positions. null: the others. More than those only with `rope: last`."""
     rope: Literal["high", "stride", "last"] = "high"
     """Which dimensions carry positions: those of the teacher's `high` frequencies, of every n-th (`stride`), or the
-    `last` ones as they stand, as published, which for half-split RoPE keeps no frequency."""
+    `last` ones as they stand, as published, which for half-split RoPE keeps no frequency (the latent is then made for
+    whole keys, as published too, though some of their dimensions are dropped)."""
+    rope_scaling: Literal["base", "yarn"] = "base"
+    """How positions beyond the base's first context are scaled: as the `base` does it, or by YaRN with the base's factor,
+    as published (whatever the base's own scaling is; nothing compensates for YaRN's larger scores)."""
+    yarn_context: int = 4096
+    """Context that YaRN stretches. The authors' X-EcoMLA models have 4096, their later ones 8192, which is Llama 3's."""
     shared_key: Literal["mean", "pca"] = "pca"
     """How one key stands for those of all heads: their `mean` (as published), or per frequency the mixture that keeps
     the most of them (`pca`)."""
@@ -94,6 +100,13 @@ class XEcomlaConfig:
             if rank is not None and (rank < MULTIPLE or rank % MULTIPLE):
                 near = max(MULTIPLE, round(rank / MULTIPLE) * MULTIPLE)
                 yield Problem("", f"xecomla: {key}={rank} must be a multiple of {MULTIPLE}; try {near}")
+        if self.yarn_context < 1:
+            yield Problem(
+                "", f"xecomla: yarn_context={self.yarn_context} must be 1 or more tokens; 4096 is the authors'"
+            )
+        elif self.yarn_context != 4096 and self.rope_scaling != "yarn":
+            what = f"xecomla: yarn_context={self.yarn_context} is for rope_scaling: yarn; leave it out, or set that"
+            yield Problem("", what)
         if self.calibration_tokens < 1:
             yield Problem("", f"xecomla: calibration_tokens={self.calibration_tokens} must be 1 or more; 4096 is usual")
         if self.start == "random" and self.free_ranks:
@@ -143,7 +156,8 @@ class XEcomla:
             layers = chosen_layers(wish.layers, "none", config.num_hidden_layers)
         except UserError as error:
             layers, problems = (), list(error.problems)
-        problems += latent_config.teacher_problems(config, layers)
+        yarn = wish.yarn_context if wish.rope_scaling == "yarn" else None
+        problems += latent_config.teacher_problems(config, layers, yarn=yarn is not None)
         rope_dim = teacher.head_dim // 2 if wish.rope_dim is None else wish.rope_dim
         nope_dim = teacher.head_dim - rope_dim if wish.nope_dim is None else wish.nope_dim
         problems += _dim_problems(rope_dim, nope_dim, wish.rope, teacher.head_dim)
@@ -162,7 +176,7 @@ class XEcomla:
             q_rank=wish.q_rank,
             nope_dim=nope_dim,
             rope_dim=rope_dim,
-            rope=latent_config.rope_of(config, wish.rope, rope_dim),
+            rope=latent_config.rope_of(config, wish.rope, rope_dim, yarn),
             kv_norm=wish.latent_norm != "none",
             biases=latent_config.has_biases(config) and wish.biases == "keep",
             ballast=wish.ballast,
@@ -175,7 +189,7 @@ class XEcomla:
 
     def _kv_rank(self, teacher: TeacherShape, nope_dim: int, rope_dim: int) -> tuple[int, list[Problem]]:
         wish = self.config
-        full = most_kv_rank(teacher, nope_dim, ballast=wish.ballast)
+        full = self._most(teacher, nope_dim)
         if wish.kv_energy is not None:
             return full, []
         share = 0.5 if wish.kv_cache is None else wish.kv_cache
@@ -195,13 +209,18 @@ class XEcomla:
             return rank, [Problem(key, f"{what}; {usable}")]
         return rank, []
 
+    def _most(self, teacher: TeacherShape, nope_dim: int) -> int:
+        """Full rank of what is decomposed: with `rope: last` whole keys, as published."""
+        keys = teacher.head_dim if self.config.rope == "last" else nope_dim
+        return most_kv_rank(teacher, keys, ballast=self.config.ballast)
+
     def _shared_out(
         self, teacher: TeacherShape, nope_dim: int, rope_dim: int, converted: int, layers: int
     ) -> tuple[tuple[int, ...], list[Problem]]:
         """Ranks of a budget as far as they are known without weights: all layers alike."""
         budget = self.config.kv_budget
         room = latent_room(budget, teacher, layers, converted, rope_dim)
-        most = most_kv_rank(teacher, nope_dim, ballast=self.config.ballast) // MULTIPLE * MULTIPLE
+        most = self._most(teacher, nope_dim) // MULTIPLE * MULTIPLE
         stay = (layers - converted) * teacher.cache
         least, usable = ((stay + converted * (rank + rope_dim)) / (layers * teacher.cache) for rank in (MULTIPLE, most))
         if converted and room < MULTIPLE * converted:
