@@ -23,7 +23,7 @@ from adapt.errors import StopRequested, UserError
 from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
-from adapt.train import interpolate
+from adapt.train import interpolate, start_values
 from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
 from adapt.train.frozen_rows import FrozenRows
@@ -168,7 +168,13 @@ class _Run:
             hooks.saved_step = state.step
         if recipe.export.interpolation is not None:
             interpolate.keep_start(self.folder.checkpoints, state.step, self.root, world)
+        if compares := recipe.objective.declares("compares_with_start"):
+            objective.remember(start_values.nothing)
         microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
+        if compares:
+            start_values.begin(
+                recipe, objective, state, stream, total, root=self.root, microbatch=microbatch, world=world, hooks=hooks
+            )
         if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
             hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
@@ -221,7 +227,7 @@ class _Run:
         else:
             state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-            state.minima, state.objective, state.best, state.best_step = {}, {}, None, None
+            state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
         hooks.saved_step = -1
         hooks.save()
         return hooks
@@ -250,7 +256,15 @@ class _Run:
         world = self.world
         first = feed.stream.step_batch(0, rows_per_step, world.rank, world.size)
         wanted = recipe.trainer.microbatch
-        size, took = dry_run(self.root, objective, first, microbatch=wanted, seed=recipe.run.seed, world=world)
+        size, took = dry_run(
+            self.root,
+            objective,
+            first,
+            microbatch=wanted,
+            seed=recipe.run.seed,
+            world=world,
+            unit=feed.stream.unit,
+        )
         if progress:
             steps = feed.steps - self.state.stage_step
             estimate = steps * took * first.num_rows / size

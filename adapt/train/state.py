@@ -34,6 +34,8 @@ class State:
     """`before` and `after`: evaluation results."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
+    start_values: str = ""
+    """Fingerprint of the file with what the student made of the stage's data when it began; "" where nothing asks."""
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each data set of the stage, and of the plan in which they are read."""
     finished: Literal["", "steps", "data", "rule"] = ""
