@@ -59,7 +59,9 @@ class DpoConfig:
         if not (self.beta > 0 and math.isfinite(self.beta)):
             yield Problem("objective.beta", f"{self.beta} must be above 0; 0.1 is usual, X-EcoMLA takes 0.01")
         if not 0 <= self.label_smoothing < 0.5:
-            what = f"{self.label_smoothing} is a share of wrong labels: 0 or more, and below 0.5, where they say nothing"
+            what = (
+                f"{self.label_smoothing} is a share of wrong labels: 0 or more, and below 0.5, where they say nothing"
+            )
             yield Problem("objective.label_smoothing", what)
         if not (self.nll >= 0 and math.isfinite(self.nll)):
             yield Problem("objective.nll", f"{self.nll} must be 0 or more; 0.2 to 1 is usual")

@@ -140,7 +140,7 @@ class _Run:
         rows_per_step = self._rows_per_step(recipe)
         feed = feed_of(recipe, self.data.train, state, rows_per_step)
         if world.main:
-            self.folder.add_data(self.data.manifest)
+            self.folder.add_data(feed.add_to(self.data.manifest))
         stream, total = feed.stream, feed.steps
         progress = None
         if world.main:

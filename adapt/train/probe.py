@@ -129,9 +129,7 @@ def out_of_memory(rows: int, length: int) -> Problem:
     )
 
 
-def _measured(
-    attempt: Callable[[int], float], root: nn.Module, rows: int, device: torch.device, unit: int = 1
-) -> int:
+def _measured(attempt: Callable[[int], float], root: nn.Module, rows: int, device: torch.device, unit: int = 1) -> int:
     """Rows that fit a GPU, in whole units, from the peaks of one and of two units. Collective."""
     peaks = []
     for size in (unit, min(2 * unit, rows)):

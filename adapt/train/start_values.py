@@ -235,4 +235,6 @@ def _write(file: Path, content: bytes) -> None:
             os.fsync(out.fileno())
         os.replace(partial, file)
     except OSError as error:
-        raise UserError(Problem("run.dir", f"{file} cannot be written: {error.strerror}. Make room, then --resume")) from None
+        raise UserError(
+            Problem("run.dir", f"{file} cannot be written: {error.strerror}. Make room, then --resume")
+        ) from None
