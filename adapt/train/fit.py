@@ -289,18 +289,14 @@ class _Run:
         return size
 
     def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
-        from adapt.data.stream import eval_batches
+        from adapt.data.stream import eval_passes
         from adapt.evaluate.context import EvalContext, guard_labels
         from adapt.evaluate.runner import evaluate
         from adapt.generation.contract import Contract
 
         world = self.world
-        sets = {
-            label: partial(
-                eval_batches, shards, recipe.data.seq_len, 4, recipe.evaluation.limit, world.rank, world.size
-            )
-            for label, shards in self.data.eval.items()
-        }
+        data, shards = recipe.data, self.data.eval
+        sets, pairs = eval_passes(shards, data.seq_len, recipe.evaluation.limit, world.rank, world.size)
 
         def reduce(values: dict[str, float]) -> dict[str, float]:
             return dict(zip(values, world.sum([float(v) for v in values.values()]), strict=True))
@@ -309,11 +305,12 @@ class _Run:
             call=partial(look, self.root),
             tokenizer=self.tokenizer,
             eval_sets=sets,
+            pair_sets=pairs,
             reduce=reduce,
             keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
-            guards=guard_labels(recipe.data, list(sets)),
+            guards=tuple(label for label in guard_labels(data, list(shards)) if label in sets),
             start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
             device=world.device,
             seed=recipe.run.seed,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from adapt.cli import main
 from adapt.config import resolve
 from adapt.errors import StopRequested, UserError
 from adapt.train.fit import fit
@@ -55,9 +56,21 @@ def kept(run, stage=0):
     return dict(zip(keys, found["value"].tolist(), strict=True))
 
 
-def test_the_loss_starts_at_ln_2_and_the_student_learns_to_prefer(tiny_base, tmp_path):
-    fit(resolve(dpo(tiny_base, tmp_path, trainer={"steps": 12})))
+def test_the_loss_starts_at_ln_2_and_the_student_learns_to_prefer(tiny_base, tmp_path, capsys):
+    recipe = dpo(tiny_base, tmp_path, trainer={"steps": 12})
+    held_out = {"source": {"name": "jsonl", "path": str(preferences(tmp_path, seed=1))}, "name": "held-out pairs"}
+    recipe["data"]["eval"] = [*recipe["data"]["eval"], held_out | {"guard": True}]
+    recipe["evaluation"] |= {"suites": ["preference", "bpb"], "limit": 8}
+    fit(resolve(recipe))
     run = tmp_path / "runs" / "tiny"
+    right, beyond = (logged(run, f"eval/{name}/held-out pairs") for name in ("preference", "preference_margin"))
+    assert right[12] >= right[0]
+    assert beyond[12] > beyond[0] + 1
+    assert not logged(run, "eval/bpb/held-out pairs")
+    capsys.readouterr()
+    main(["evaluate", str(run), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["preference_margin/held-out pairs"] == pytest.approx(beyond[12], rel=1e-4)
     found = losses(run)
     assert found[1] == pytest.approx(math.log(2), rel=1e-7)
     assert found[12] < 0.5 * found[1]
