@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 
 import numpy as np
@@ -18,7 +17,7 @@ from adapt.errors import StopRequested, UserError
 from adapt.train.fit import fit
 from adapt.train.start_values import StartValues
 from tests import tiny
-from tests.recipes import WORDS, tiny_recipe
+from tests.recipes import preferences, tiny_recipe
 from tests.train.test_fit import assert_same_run, launch, losses, stop_after
 from tests.train.test_teacher import logged
 
@@ -26,19 +25,6 @@ from tests.train.test_teacher import logged
 @pytest.fixture
 def dropout_base(tmp_path):
     return tiny.save_tiny(tmp_path / "base", attention_dropout=0.2)
-
-
-def preferences(folder, count=12, seed=0):
-    """Short answers are better than long ones."""
-    rng = random.Random(seed)
-
-    def words(n):
-        return " ".join(rng.choices(WORDS, k=n))
-
-    path = folder / f"pairs-{seed}.jsonl"
-    records = [{"prompt": words(3), "chosen": words(2), "rejected": words(rng.randint(4, 6))} for _ in range(count)]
-    path.write_text("\n".join(map(json.dumps, records)))
-    return path
 
 
 def dpo(base, folder, name="tiny", objective=None, **over):
@@ -80,26 +66,29 @@ def test_the_loss_starts_at_ln_2_and_the_student_learns_to_prefer(tiny_base, tmp
     assert margin[12] == pytest.approx(logged(run, "loss/reward_chosen")[12] - logged(run, "loss/reward_rejected")[12])
 
 
-def test_the_reference_is_the_student_of_the_stage_before(tiny_base, tmp_path):
-    """Not the base: what a first stage made of it. Each row once, whatever the epochs; the file says it is of stage 1."""
-    recipe = dpo(tiny_base, tmp_path, objective="next_token")
-    text = tiny_recipe(tiny_base, tmp_path)["data"]
-    pairs = recipe["data"]["train"]
-    recipe["data"]["train"] = text["train"]
-    recipe["stages"] = [
-        {"name": "text", "trainer": {"steps": 3}},
-        {"name": "preferences", "objective": "dpo", "data": {"train": pairs}},
+def test_the_reference_is_the_student_that_the_stage_before_distilled(tiny_base, tmp_path):
+    """Latent attention taught by the base, then preferences: the reference is neither the base nor the student as it was
+    converted. Each row once, whatever the epochs; the export holds what the second stage made."""
+    conversions = {"conversions": [{"name": "xecomla", "kv_rank": 16}]}
+    distilled = dpo(tiny_base, tmp_path, objective="logit_distillation", model=conversions) | {
+        "teacher": {"base": "self"}
+    }
+    pairs = distilled["data"]["train"]
+    distilled["data"]["train"] = tiny_recipe(tiny_base, tmp_path)["data"]["train"]
+    distilled["stages"] = [
+        {"name": "distillation", "trainer": {"steps": 3}},
+        {"name": "preferences", "objective": "dpo", "teacher": None, "data": {"train": pairs}},
     ]
-    fit(resolve(recipe))
+    fit(resolve(distilled))
     run = tmp_path / "runs" / "tiny"
     assert losses(run)[4] == pytest.approx(math.log(2), rel=1e-7)
+    assert losses(run)[9] < 0.9 * math.log(2)
     assert not (run / "start" / "stage-0.safetensors").exists()
     values = kept(run, 1)
     assert sorted(values) == [(0, i) for i in range(24)]
-    alone = dpo(tiny_base, tmp_path, "alone")
-    fit(resolve(alone))
-    of_base = kept(tmp_path / "runs" / "alone")
-    assert min(abs(values[key] - of_base[key]) for key in values) > 0.1
+    fit(resolve(dpo(tiny_base, tmp_path, "converted", model=conversions)))
+    converted = kept(tmp_path / "runs" / "converted")
+    assert min(abs(values[key] - converted[key]) for key in values) > 1e-3
 
 
 def test_only_what_the_steps_read_is_looked_at_and_what_was_cut_is_told(tiny_base, tmp_path, capsys):
