@@ -17,7 +17,7 @@ from adapt.train.arms import fit_arms
 from adapt.train.fit import fit
 from adapt.train.validate import check
 from tests import tiny
-from tests.recipes import corpus, tiny_recipe
+from tests.recipes import corpus, preferences, tiny_recipe
 from tests.train.test_arms import here
 
 CONTRACT = ("block_size", "prediction", "noisy_attention", "block_first")
@@ -41,7 +41,10 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     resolved = load(name)
     shipped = encode(resolved.recipe)
     recipe = tiny_recipe(tiny_base, tmp_path)
-    recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part) for part in ("train", "eval")}
+    pairs = resolved.recipe.objective.declares("pairs")
+    recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part, pairs) for part in ("train", "eval")}
+    if pairs:  # a worked answer and its problem take a row, in the letters of the tiny tokenizer
+        recipe["data"]["seq_len"], recipe["trainer"]["batch_tokens"] = 512, 1024
     recipe["objective"] = shrunk(shipped["objective"])
     suites = [short(s, tmp_path) for s in shipped["evaluation"]["suites"]]
     recipe["evaluation"] = {"suites": suites, "limit": 4, "every": 10}
@@ -115,11 +118,13 @@ def mixers(shipped: list[dict]) -> list[dict]:
     return [c | (ranks if c.get("kv_rank") is not None else {}) for c in found]
 
 
-def sources(shipped: list[dict], folder, part: str) -> list[dict]:
-    """As many, with the same names and weights, each a few made-up documents of its own."""
+def sources(shipped: list[dict], folder, part: str, pairs: bool = False) -> list[dict]:
+    """As many, with the same names and weights, each a few made-up documents of its own: preference pairs, where these
+    are learned from, but for guards."""
     found = []
     for i, dataset in enumerate(shipped):
-        path = corpus(folder, 40, seed=i) if part == "train" else corpus(folder, 12, seed=100 + i)
+        made = preferences if pairs and not dataset["guard"] else corpus
+        path = made(folder, 40, seed=i) if part == "train" else made(folder, 12, seed=100 + i)
         label = dataset["name"] or f"{part}-{i}"
         kept = {key: dataset[key] for key in ("weight", "replay", "guard")}
         found.append({"source": source_of(dataset["source"], path), "name": label} | kept)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -114,6 +115,26 @@ def eval_batches(
             else:
                 batch.append((padding(rows.seq_len, shards.pad_id), source, 0, -1))
         yield collate(batch) if row_bytes is None else _trimmed(collate(batch))
+
+
+EVAL_ROWS = 4
+"""Rows of a batch in evaluations: whole preference pairs."""
+Passes = dict[str, Callable[..., Iterator[Batch]]]
+
+
+def eval_passes(
+    sets: Mapping[str, TokenShards], seq_len: int, limit: int | None, rank: int = 0, world: int = 1
+) -> tuple[Passes, Passes]:
+    """By label, what goes over the held-out sets of text, and those of preference pairs."""
+    text, pairs = (
+        {
+            label: partial(eval_batches, shards, seq_len, EVAL_ROWS, limit, rank, world)
+            for label, shards in sets.items()
+            if shards.has_pairs == has_pairs
+        }
+        for has_pairs in (False, True)
+    )
+    return text, pairs
 
 
 def _trimmed(batch: Batch) -> Batch:

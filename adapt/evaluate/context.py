@@ -42,6 +42,8 @@ class EvalContext:
     """Dataset label -> a fresh pass over this rank's share of the held-out rows; on every rank equally many batches,
     with rows of padding where it has fewer, so that the models may be called for each. Takes `row_bytes`,
     `byte_lengths`, `row_tokens` and `joined` of adapt.data.stream.eval_batches."""
+    pair_sets: Mapping[str, Callable[..., Iterator[Batch]]] = field(default_factory=dict)
+    """The same of preference pairs, whose two rows follow each other in a batch. No other suite takes them for text."""
     reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
     """Sums of this rank -> sums over all ranks, in float64. Collective."""
     keep: Callable[[Grid], None] = lambda grid: None

@@ -23,7 +23,7 @@ from adapt.errors import StopRequested, UserError
 from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
-from adapt.train import interpolate
+from adapt.train import interpolate, start_values
 from adapt.train.build import build_root, compute_dtype, facts_of, set_trainable, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
 from adapt.train.deterministic import deterministic, prepare
@@ -146,7 +146,7 @@ class _Run:
         rows_per_step = self._rows_per_step(recipe)
         feed = feed_of(recipe, self.data.train, state, rows_per_step)
         if world.main:
-            self.folder.add_data(self.data.manifest)
+            self.folder.add_data(feed.add_to(self.data.manifest))
         stream, total = feed.stream, feed.steps
         progress = None
         if world.main:
@@ -174,7 +174,13 @@ class _Run:
             hooks.saved_step = state.step
         if recipe.export.interpolation is not None:
             interpolate.keep_start(self.folder.checkpoints, state.step, self.root, world)
+        if compares := recipe.objective.declares("compares_with_start"):
+            objective.remember(start_values.nothing)
         microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
+        if compares:
+            start_values.begin(
+                recipe, objective, state, stream, total, root=self.root, microbatch=microbatch, world=world, hooks=hooks
+            )
         if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
             hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
@@ -227,7 +233,7 @@ class _Run:
         else:
             state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-            state.minima, state.objective, state.best, state.best_step = {}, {}, None, None
+            state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
         hooks.saved_step = -1
         hooks.save()
         return hooks
@@ -256,7 +262,15 @@ class _Run:
         world = self.world
         first = feed.stream.step_batch(0, rows_per_step, world.rank, world.size)
         wanted = recipe.trainer.microbatch
-        size, took = dry_run(self.root, objective, first, microbatch=wanted, seed=recipe.run.seed, world=world)
+        size, took = dry_run(
+            self.root,
+            objective,
+            first,
+            microbatch=wanted,
+            seed=recipe.run.seed,
+            world=world,
+            unit=feed.stream.unit,
+        )
         if progress:
             steps = feed.steps - self.state.stage_step
             estimate = steps * took * first.num_rows / size
@@ -281,18 +295,14 @@ class _Run:
         return size
 
     def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
-        from adapt.data.stream import eval_batches
+        from adapt.data.stream import eval_passes
         from adapt.evaluate.context import EvalContext, guard_labels
         from adapt.evaluate.runner import evaluate
         from adapt.generation.contract import Contract
 
         world = self.world
-        sets = {
-            label: partial(
-                eval_batches, shards, recipe.data.seq_len, 4, recipe.evaluation.limit, world.rank, world.size
-            )
-            for label, shards in self.data.eval.items()
-        }
+        data, shards = recipe.data, self.data.eval
+        sets, pairs = eval_passes(shards, data.seq_len, recipe.evaluation.limit, world.rank, world.size)
 
         def reduce(values: dict[str, float]) -> dict[str, float]:
             return dict(zip(values, world.sum([float(v) for v in values.values()]), strict=True))
@@ -301,11 +311,12 @@ class _Run:
             call=partial(look, self.root),
             tokenizer=self.tokenizer,
             eval_sets=sets,
+            pair_sets=pairs,
             reduce=reduce,
             keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
-            guards=guard_labels(recipe.data, list(sets)),
+            guards=tuple(label for label in guard_labels(data, list(shards)) if label in sets),
             start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
             base=partial(base_model, recipe, self.tokenizer, world, self.root.teacher),
             measured=self.state.measured,

@@ -38,6 +38,8 @@ class State:
     """What the objective learned from evaluations (`Objective.observe`)."""
     decided: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What conversions found in the base's weights when the run began (which layers, which ranks), by their key."""
+    start_values: str = ""
+    """Fingerprint of the file with what the student made of the stage's data when it began; "" where nothing asks."""
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each data set of the stage, and of the plan in which they are read."""
     finished: Literal["", "steps", "data", "rule"] = ""
