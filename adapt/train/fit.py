@@ -24,9 +24,9 @@ from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate, start_values
-from adapt.train.build import build_root, compute_dtype, facts_of, set_trainable, whole_student
-from adapt.train.deliver import decoding_fields, export, print_table, show_end
+from adapt.train.build import build_root, compute_dtype, facts_of, set_trainable
 from adapt.train.deterministic import deterministic, prepare
+from adapt.train.finish import finish
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.hooks import Hooks
 from adapt.train.mixing import total_steps
@@ -90,7 +90,7 @@ class _Run:
 
             self.loggers = build_loggers(recipe, folder.path, self.state.step if folder.resumed else 0)
         for where, answer in decided.items():
-            self._say(f"{where}: {answer['text']}")
+            self.say(f"{where}: {answer['text']}")
 
     def _prepare(self, recipe: Recipe):
         """Rank 0 prepares the shards, the others find them ready."""
@@ -105,15 +105,15 @@ class _Run:
         last = len(stages) - 1
         if state.finished == "steps" and total_steps(stages[last]) > state.stage_step:
             more = total_steps(stages[last]) - state.stage_step
-            self._say(f"{more} steps were added to the finished run; its schedule now spans all of them")
+            self.say(f"{more} steps were added to the finished run; its schedule now spans all of them")
             state.finished = ""
         if state.finished:
-            self._say(f"all {len(stages)} stage(s) were done before; exporting again")
+            self.say(f"all {len(stages)} stage(s) were done before; exporting again")
             checkpoint.load(self.resume_from, self.root, None)
         hooks = None
         while not state.finished:
             hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
-        self._finish(stages[last])
+        finish(self, stages[last])
 
     def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None, *, last: bool) -> Hooks:
         import lightning.pytorch as L
@@ -125,14 +125,14 @@ class _Run:
         state, world = self.state, self.world
         trainable = set_trainable(self.root, recipe.trainable)
         self.facts = facts_of(recipe, self.root.student, self.tokenizer)
-        self._teach(recipe)
+        self.teach(recipe)
         objective = recipe.objective.build(replace(self.facts, total_steps=total_steps(recipe)))
         if state.objective:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
         if isinstance(optimizer, Suite):
-            self._say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
+            self.say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
         following = Following(optimizer, recipe)
         frozen = FrozenRows(self.root.student, recipe.trainable)
         frozen.guard(optimizer)
@@ -164,7 +164,7 @@ class _Run:
             flag=self.flag,
             root=self.root,
             optimizer=optimizer,
-            measure=lambda: self._measure(recipe, objective),
+            measure=lambda: self.measure(recipe, objective),
             observe=objective.observe,
             loggers=self.loggers,
             progress=progress,
@@ -238,7 +238,7 @@ class _Run:
         hooks.save()
         return hooks
 
-    def _teach(self, recipe: Recipe) -> None:
+    def teach(self, recipe: Recipe) -> None:
         """The teacher of this stage; one that the stage before had is used again."""
         wanted = recipe.teacher if learners(recipe) else None
         if wanted != self.teacher_of:
@@ -291,10 +291,10 @@ class _Run:
                 }
             )
             for note in feed.notes:
-                self._say(note)
+                self.say(note)
         return size
 
-    def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
+    def measure(self, recipe: Recipe, objective) -> dict[str, float]:
         from adapt.data.stream import eval_passes
         from adapt.evaluate.context import EvalContext, guard_labels
         from adapt.evaluate.runner import evaluate
@@ -325,76 +325,7 @@ class _Run:
         )
         return evaluate(recipe.evaluation.suites, context)
 
-    def _finish(self, recipe: Recipe) -> None:
-        """Samples, export, report: what the user came for."""
-        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
-        self._teach(recipe)
-        objective = recipe.objective.build(self.facts)
-        fields = decoding_fields(recipe, objective)
-        self.root.student.config.update(fields)  # what samplers need to know
-        if recipe.evaluation.best and self.state.best_step is not None:
-            self._take_best(recipe, objective)
-        results, folder = self.state.results, self.folder
-        if recipe.export.interpolation is not None:
-            results = results | self._interpolate(recipe, objective)
-        model = whole_student(recipe, self.tokenizer, self.root, self.world, self.state.decided)
-        # The export comes first: a prompt that cannot be decoded must not cost it.
-        worlds.on_main(
-            self.world,
-            lambda: export(folder, self.resolved, model, self.tokenizer, results, fields, folder.export),
-        )
-        samples = self._samples(recipe)
-        if self.world.main:
-            folder.write_json("samples.json", samples)
-            for logger in self.loggers:
-                logger.finalize("success")
-            show_end(folder, self.state, samples)
-        self.world.wait()
-
-    def _take_best(self, recipe: Recipe, objective) -> None:
-        """Export the best checkpoint, and say of it what was measured of it."""
-        path = self.folder.checkpoints / f"step-{self.state.best_step}"
-        if self.state.best_step != self.state.step and path.is_dir():
-            checkpoint.load(path, self.root, None)
-            self._say(f"exporting the best checkpoint, {path.name}: {recipe.evaluation.best} {self.state.best:.4g}")
-            self.root.eval()
-            self.state.results["after"] = self._measure(recipe, objective)
-
-    def _interpolate(self, recipe: Recipe, objective) -> dict[str, Any]:
-        """The sweep over alpha; the model and the run's results become those of the alpha taken."""
-        state = self.state
-        of = state.best_step if recipe.evaluation.best and state.best_step is not None else state.step
-        self.root.eval()
-        measure = partial(self._measure, recipe, objective) if recipe.evaluation.suites else dict
-        wanted, folder = recipe.export.interpolation, self.folder
-        known = {alpha: state.results[end] for alpha, end in ((0.0, "before"), (1.0, "after")) if end in state.results}
-        if len({frozenset(found) for found in known.values()}) > 1:  # resumed with other suites
-            known.pop(0.0)
-        found = interpolate.sweep(self.root, folder.checkpoints, f"step-{of}", wanted, measure, known, self.world)
-        state.results["after"] = found.results
-        if self.world.main:
-            folder.write_json(interpolate.FILE, found.to_dict())
-            print_table(interpolate.table(found))
-        self._say(f"exporting {interpolate.describe(found.alpha, found.why)}")
-        return {"after": found.results, "interpolation": found.to_dict()}
-
-    def _samples(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """Every prompt through every sampler, on all ranks alike (the model may be sharded)."""
-        from adapt.train.samples import sample
-
-        self.root.eval()
-        self.root.student.config.use_cache = True
-        found = []
-        for prompt in recipe.generation.prompts:
-            for choice in recipe.generation.samplers:
-
-                def decode(models, prompt=prompt, choice=choice):
-                    return sample(models.student, self.tokenizer, prompt, choice, recipe.generation.max_new_tokens)
-
-                found.append(look(self.root, decode))
-        return found
-
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.world.main:
             self.folder.log(text)
             print(text)
