@@ -22,6 +22,8 @@ CONTRACT = ("block_size", "prediction", "noisy_attention", "block_first")
 """Keys of an objective that decoding reads from the export."""
 SHORT = 8
 """Tokens of a block, a prompt, an answer."""
+PASSKEY = 288
+"""Tokens of a passkey text in the tiny vocabulary."""
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -37,6 +39,8 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     shipped = encode(resolved.recipe)
     recipe = tiny_recipe(tiny_base, tmp_path)
     recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part) for part in ("train", "eval")}
+    if "passkey" in (d["source"]["name"] for d in recipe["data"]["train"]):  # in one row with its question
+        recipe["data"]["seq_len"], recipe["trainer"]["batch_tokens"] = PASSKEY, 4 * PASSKEY
     recipe["objective"] = shrunk(shipped["objective"])
     suites = [short(s, tmp_path) for s in shipped["evaluation"]["suites"]]
     recipe["evaluation"] = {"suites": suites, "limit": 4, "every": 2}
@@ -109,7 +113,8 @@ def sources(shipped: list[dict], folder, part: str) -> list[dict]:
 def source_of(shipped: dict, path) -> dict:
     """Made-up text in the place of text; prompts and answers stay what they are."""
     made = shipped["name"] in ("arithmetic", "passkey")
-    return shipped | {"count": 30} if made else {"name": "jsonl", "path": str(path)}
+    short = {"length": PASSKEY} if "length" in shipped else {}
+    return shipped | short | {"count": 30} if made else {"name": "jsonl", "path": str(path)}
 
 
 def short(suite: dict, folder) -> dict:
