@@ -13,7 +13,7 @@ from adapt.report.figure import QUIET, inline
 from adapt.report.sections.heatmaps import whole
 
 SHOWN = {
-    "relative_error": "relative error of the heads, |student - teacher|² / |teacher|²",
+    "relative_error": "relative error of the token mixer, |student - teacher|² / |teacher|²",
     "log2_half_life": "half-life of the state, log2 of tokens (mean over heads and channels)",
 }
 
