@@ -89,6 +89,29 @@ def shape(request) -> TeacherShape:
     return SHAPES[request.param]
 
 
+@pytest.mark.parametrize("nope, rope", [(4, 4), (8, 2), (0, 8)])
+@pytest.mark.parametrize("q_rank", [None, 16])
+def test_modules_of_a_start_have_deepseeks_shapes(shape, nope, rope, q_rank):
+    """Spec section 1, for all groupings of heads, and for d_n + d_r that are not d_h."""
+    start = start_layer(teacher(shape, biases=True), shape, rope_dims("last", 8, nope, rope))
+    found = start.weights(8, q_rank, rms=lambda down: 1.0, ballast=True)
+    queries, latent = shape.heads * (nope + rope), (8 + rope, shape.hidden)
+    wanted = {
+        "kv_a_proj_with_mqa.weight": latent,
+        "kv_a_proj_with_mqa.bias": (8 + rope,),
+        "kv_a_layernorm.weight": (8,),
+        "kv_b_proj.weight": (shape.heads * (nope + 8), 8),
+        "o_proj.weight": (shape.hidden, shape.heads * 8),
+        "o_proj.bias": (shape.hidden,),
+    }
+    if q_rank is None:
+        wanted |= {"q_proj.weight": (queries, shape.hidden), "q_proj.bias": (queries,)}
+    else:
+        wanted |= {"q_a_proj.weight": (q_rank, shape.hidden), "q_b_proj.weight": (queries, q_rank)}
+        wanted |= {"q_b_proj.bias": (queries,)}
+    assert {name: tuple(weight.shape) for name, weight in found.items()} == wanted
+
+
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("biases", [False, True])
 def test_at_full_rank_without_positions_it_is_the_teacher(shape, sigma, biases):

@@ -95,6 +95,22 @@ def test_logits_of_all_rows_never_exist_at_once(monkeypatch):
     assert max(seen) == 256 < 600
 
 
+@pytest.mark.parametrize("size", [1, 7, 599, 4096])
+def test_the_size_of_a_chunk_changes_neither_value_nor_gradient(size, monkeypatch):
+    from adapt.losses import linear_kl as module
+
+    inputs = rows()
+
+    def run():
+        value = linear_kl(*inputs)
+        return value.detach(), *torch.autograd.grad(value, inputs[:2])
+
+    usual = run()
+    monkeypatch.setitem(module.CHUNK, "cpu", size)
+    for a, b in zip(run(), usual, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 def test_a_vocabulary_that_one_head_lacks_is_an_error():
     with pytest.raises(ValueError, match="vocabulary=91"):
         linear_kl(*rows(extra=3), vocabulary=91)
