@@ -58,6 +58,16 @@ def test_a_learning_rate_that_is_not_finite_breaks_nothing():
     assert "lr not finite" in shown([(1, {**VALUES, "lr": float("inf")})])
 
 
+def test_time_in_evaluations_is_no_part_of_the_pace():
+    now = iter([0.0, 0.0, 10.0, 120.0])  # made, header, step 1, step 2 with an evaluation of 100 s before it
+    progress = Progress(total_steps=4, console=Console(file=io.StringIO()), clock=lambda: next(now))
+    progress.header({})
+    progress.update(1, {})
+    progress.leave_out(100.0)
+    progress.update(2, {})
+    assert progress.eta() == pytest.approx(20.0)
+
+
 def test_metrics_are_json_lines_on_disk_at_once(tmp_path):
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     logger.log_metrics({"loss": float("nan"), "lr": 0.5}, step=1)

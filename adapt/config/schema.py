@@ -243,7 +243,7 @@ class Stop:
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     every: int | None = None
-    """Evaluate every this many steps, besides the start and the end; null: only those two."""
+    """Evaluate every this many steps and at the end of each stage, besides the start and the end; null: only those two."""
     suites: tuple[SuiteChoice, ...] = ()
     """What is measured."""
     limit: int | None = 64

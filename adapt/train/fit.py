@@ -231,6 +231,8 @@ class _Run:
             state.results["after"] = hooks.evaluate()
             state.finished = "rule" if hooks.ended_by_rule else "data" if feed.ends_early else "steps"
         else:
+            if recipe.evaluation.every:
+                hooks.evaluate()
             state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
             state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""

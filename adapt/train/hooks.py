@@ -88,9 +88,12 @@ class Hooks:
         """Run the suites, log them, keep the best, apply the stop rules. Collective."""
         if not self.recipe.evaluation.suites:
             return {}
+        started = time.monotonic()
         self.root.eval()
         results = self.measure()
         self.root.train()
+        if self.progress:
+            self.progress.leave_out(time.monotonic() - started)
         self.state.objective = self.observe(results)
         state = self.state
         now = {"stage": state.stage, "tokens": state.tokens, "seconds": state.seconds}

@@ -73,6 +73,10 @@ class Progress:
         else:
             self._print(notebook_line(self.step, self.total, values, self.eta()))
 
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last update that went into something else than steps."""
+        self.pace.now += seconds
+
     def note(self, text: str) -> None:
         self._print(text)
 

@@ -135,6 +135,21 @@ def test_two_stages_resume_inside_the_second(dropout_base, tmp_path, monkeypatch
     assert_same_run(runs / "straight", runs / "broken")
 
 
+@pytest.mark.parametrize(("every", "steps"), [(None, [0, 4]), (3, [0, 2, 4])])
+def test_a_run_that_evaluates_on_its_way_does_so_at_the_end_of_each_stage(every, steps, tiny_base, tmp_path):
+    stages = [{"name": name, "objective": "next_token", "trainer": {"steps": 2}} for name in ("a", "b")]
+    fit(
+        resolve(
+            tiny_recipe(
+                tiny_base, tmp_path, evaluation={"every": every, "suites": ["bpb"]}, generation={"samplers": ["ar"]}
+            )
+            | {"stages": stages}
+        )
+    )
+    lines = map(json.loads, (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if any(k.startswith("eval/bpb") for k in line)] == steps
+
+
 @pytest.mark.parametrize(("tied", "packing", "offload"), [(True, "windows", False), (False, "best_fit", True)])
 def test_two_ranks_equal_one_and_resume_on_one(tied, packing, offload, tmp_path):
     """FSDP2 on two gloo processes: the same trajectory as one process within float32 noise, although rows with padding
