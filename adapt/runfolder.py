@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "trainer.microbatch",
     "trainer.deterministic",
     "trainer.non_finite",
+    "trainer.spike",
     "trainer.max_non_finite",
     "logging",
     "checkpoint",

@@ -222,6 +222,9 @@ class Trainer:
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
     """A non-finite loss or gradient: `stop` (the weights stay as they were), `skip` the update, or `rewind` to the last
     checkpoint and leave out the data in between."""
+    spike: float | None = None
+    """Do the same with an update whose gradient norm is more than this many times the median of the last 64 steps' (the
+    first 16 are let through); 5 to 10 is usual. null: with non-finite ones only."""
     max_non_finite: int = 10
     """With skip or rewind: give up after this many."""
     mesh: Mesh = field(default_factory=Mesh)

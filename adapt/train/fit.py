@@ -236,6 +236,7 @@ class _Run:
             state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
             state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
+            state.norms = []
         hooks.saved_step = -1
         hooks.save()
         return hooks

@@ -155,12 +155,11 @@ class Hooks:
             checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, best)
         self.note(f"checkpoint {path.name} saved in {time.perf_counter() - started:.1f} s")
 
-    def non_finite(self, stage: Any, result: Any) -> bool:
-        """Apply `trainer.non_finite`. The weights have not been touched. Returns whether the run was rewound."""
+    def bad_update(self, wrong: str) -> bool:
+        """Apply `trainer.non_finite` to an update that is `wrong` in these words. The weights have not been touched.
+        Returns whether the run was rewound."""
         policy, state = self.recipe.trainer.non_finite, self.state
-        bad = [n for n, s in result.sums.items() if not math.isfinite(float(s))]
-        what = f"loss term {', '.join(bad)}" if bad else "gradient"
-        where = f"step {state.step}: the {what} is not finite (gradient norm {float(result.grad_norm)})"
+        where = f"step {state.step}: {wrong}"
         state.non_finite += 1
         if policy == "stop" or state.non_finite > self.recipe.trainer.max_non_finite:
             self.optimizer.zero_grad(set_to_none=True)
@@ -189,6 +188,7 @@ class Hooks:
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip
         state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens
+        state.norms = before.norms
         self.note(f"{where}: rewound to {saved[-1].name}, leaving out {skip} steps of data")
         return True
 

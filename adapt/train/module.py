@@ -20,8 +20,9 @@ from adapt.optim.following import Following
 from adapt.optim.state_bytes import state_bytes
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.signals import StopFlag
+from adapt.train.spikes import remember, spike
 from adapt.train.state import State
-from adapt.train.step import gradients, loss_values
+from adapt.train.step import StepResult, gradients, loss_values, not_finite
 
 
 class Stage(L.LightningModule):
@@ -95,16 +96,16 @@ class Stage(L.LightningModule):
             stop=self.hooks.wants_stop(),
         )
         rewound = False
-        if result.finite:
-            optimizer.step()
+        if wrong := self._wrong(result):
+            rewound = self.hooks.bad_update(wrong)
         else:
-            rewound = self.hooks.non_finite(self, result)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not rewound:
             state.stage_step, state.step = step + 1, state.step + 1
             state.tokens += self.rows_per_step * self.recipe.data.seq_len
         state.seconds += time.perf_counter() - started
-        if result.finite and not self.measured:
+        if not wrong and not self.measured:
             self._tell_memory()
         if (state.step % self.recipe.logging.every == 0 or state.stage_step == self.total_steps) and not rewound:
             self._log(result, hyper)
@@ -112,6 +113,18 @@ class Stage(L.LightningModule):
             self.hooks.after_step(self)
         if result.stop or state.stage_step >= self.total_steps:
             self.trainer.should_stop = True
+
+    def _wrong(self, result: StepResult) -> str:
+        """What forbids this update, in words; the same on all ranks."""
+        if not result.finite:
+            return not_finite(result)
+        if (above := self.recipe.trainer.spike) is None:
+            return ""
+        norm = float(result.grad_norm)  # the device has been waited for: `finite` came from it
+        wrong = spike(norm, self.state.norms, above)
+        if not wrong:
+            remember(norm, self.state.norms)
+        return wrong
 
     def _tell_memory(self) -> None:
         """Once, when the first update has made the optimizer's state. Collective."""

@@ -159,6 +159,8 @@ def _trainer(recipe: Recipe) -> Iterator[Problem]:
         )
     if trainer.non_finite == "rewind" and not recipe.checkpoint.every:
         yield Problem("checkpoint.every", "trainer.non_finite=rewind needs checkpoints to go back to; set it")
+    if trainer.spike is not None and not trainer.spike > 1:
+        yield Problem("trainer.spike", f"{trainer.spike:g} times the usual gradient norm is no spike; 5 to 10 is usual")
 
 
 def known_ranks(recipe: Recipe) -> int:

@@ -21,7 +21,9 @@ class State:
     skipped: int = 0
     """Steps of data left out after a rewind: step s of a stage reads the data of s + skipped."""
     non_finite: int = 0
-    """Updates that were skipped or rewound."""
+    """Updates that were skipped or rewound, for a spike, too."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norms of the stage's last updates, where `trainer.spike` looks back on them."""
     seconds: float = 0.0
     """Time spent training, over all attempts."""
     best: float | None = None
