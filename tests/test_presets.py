@@ -27,6 +27,8 @@ SHORT = 8
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 """Losses of the twins' first steps. A change that is meant to move them records them again: ADAPT_GOLDEN=record."""
 GOLDEN_STEPS = 20
+PASSKEY = 288
+"""Tokens of a passkey text in the tiny vocabulary."""
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -45,6 +47,8 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     recipe["data"] |= {part: sources(shipped["data"][part], tmp_path, part, pairs) for part in ("train", "eval")}
     if pairs:  # a worked answer and its problem take a row, in the letters of the tiny tokenizer
         recipe["data"]["seq_len"], recipe["trainer"]["batch_tokens"] = 512, 1024
+    if "passkey" in (d["source"]["name"] for d in recipe["data"]["train"]):  # in one row with its question
+        recipe["data"]["seq_len"], recipe["trainer"]["batch_tokens"] = PASSKEY, 4 * PASSKEY
     recipe["objective"] = shrunk(shipped["objective"])
     suites = [short(s, tmp_path) for s in shipped["evaluation"]["suites"]]
     recipe["evaluation"] = {"suites": suites, "limit": 4, "every": 10}
@@ -54,7 +58,7 @@ def test_tiny_twin_trains_evaluates_and_exports(name, tiny_base, tmp_path):
     recipe["model"]["conversions"] += mixers(shipped["model"]["conversions"])
     stages = resolved.plain.get("stages") or []
     steps = -(-GOLDEN_STEPS // max(1, len(stages)))
-    recipe["stages"] = [stage | {"trainer": {"steps": steps}} for stage in stages]
+    recipe["stages"] = [shortened(stage, steps, recipe["data"]["seq_len"]) for stage in stages]
     recipe["trainable"] = {key: shipped["trainable"][key] for key in ("include", "exclude", "lora")}
     recipe["trainable"]["include"] = [
         re.sub(r"layers\.2.*?\.\*", "layers.1.*", p) for p in recipe["trainable"]["include"]
@@ -111,11 +115,22 @@ def same_as_recorded(name: str, losses: list[float]) -> None:
     assert losses == pytest.approx(recorded[name], rel=1e-4)
 
 
+def shortened(stage: dict, steps: int, length: int) -> dict:
+    """Longer rows where the stage has longer ones."""
+    if "seq_len" not in stage.get("data", {}):
+        return stage | {"trainer": {"steps": steps}}
+    longer = min(2 * length, 512)  # the tiny model's positions
+    return stage | {"data": {"seq_len": longer}, "trainer": {"steps": steps, "batch_tokens": 2 * longer}}
+
+
 def mixers(shipped: list[dict]) -> list[dict]:
     """Conversions of layers as they are, on two of them; ranks become shares, which a tiny head has, too."""
     found = [c | ({"keep": "every_2"} if c.get("keep", "none") != "none" else {}) for c in shipped if "layers" in c]
-    ranks = {"kv_rank": None, "q_rank": None, "rope_dim": None, "nope_dim": None, "kv_cache": 0.5}
-    return [c | (ranks if c.get("kv_rank") is not None else {}) for c in found]
+    found = [
+        c | ({"layers": [i for i in c["layers"] if i < 2]} if isinstance(c["layers"], list) else {}) for c in found
+    ]
+    sizes = dict.fromkeys(("kv_rank", "q_rank", "rope_dim", "nope_dim", "kv_budget", "kv_energy")) | {"kv_cache": 0.5}
+    return [c | (sizes if "kv_rank" in c else {}) for c in found]
 
 
 def sources(shipped: list[dict], folder, part: str, pairs: bool = False) -> list[dict]:
@@ -134,7 +149,8 @@ def sources(shipped: list[dict], folder, part: str, pairs: bool = False) -> list
 def source_of(shipped: dict, path) -> dict:
     """Made-up text in the place of text; prompts and answers stay what they are."""
     made = shipped["name"] in ("arithmetic", "passkey")
-    return shipped | {"count": 30} if made else {"name": "jsonl", "path": str(path)}
+    short = {"length": PASSKEY} if "length" in shipped else {}
+    return shipped | short | {"count": 30} if made else {"name": "jsonl", "path": str(path)}
 
 
 def short(suite: dict, folder) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapt.conversion.base import fill_rows, filled_rows
+from adapt.pretrained.families import dense_latent
 
 
 def with_mixers(model: Any, config: Any, seed: int) -> Any:
@@ -57,6 +58,15 @@ def learning_layers(model: Any) -> tuple[int, ...]:
     """Layers that can learn from the attention they replace (objective `attention_transfer`)."""
     layers = enumerate(model.get_decoder().layers)
     return tuple(i for i, layer in layers if getattr(type(layer.self_attn), "learns", False))
+
+
+def converted_layers(model: Any) -> tuple[int, ...]:
+    """Layers whose token mixer is not their family's attention (objective `layer_alignment`): as the config of a student
+    says, or all of the stock class for latent attention."""
+    if dense_latent(model.config):
+        return tuple(range(model.config.num_hidden_layers))
+    mixers = getattr(model.config, "token_mixers", None) or ()
+    return tuple(i for i, mixer in enumerate(mixers) if mixer != "attention")
 
 
 def created_parameters(model: Any) -> set[str]:

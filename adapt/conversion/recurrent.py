@@ -21,6 +21,7 @@ class Recurrent:
     """`mixer`: what layers become; `options(config)`: its settings. Both are the subclass's."""
 
     transfers = True
+    converts_layers = True
     mixer: str
     decided: dict[str, Any] | None = None
 

@@ -18,7 +18,7 @@ from adapt.objectives.base import Facts, Models
 log = logging.getLogger(__name__)
 
 RATE = 1e-2
-"""Learning rate of LAWCAT's stage 1."""
+"""Learning rate of LAWCAT's stage 1, where it begins; it falls to nothing, so that layers are compared at rest."""
 WORST = 1e6
 """The error of a layer that diverged."""
 
@@ -52,6 +52,7 @@ def transfer_errors(student: Any, batches: Iterable[Batch], layers: Iterable[int
             gradients = torch.autograd.grad(found["transfer"] / max(1, count), parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / learned)
             optimizer.step()
     sums, total = torch.zeros(len(layers), dtype=torch.float64), 0
     with torch.no_grad():

@@ -115,6 +115,7 @@ class XEcomlaConfig:
 
 
 class XEcomla:
+    converts_layers = True
     reads_layers = True
     decided: dict[str, Any] | None = None
 

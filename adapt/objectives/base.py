@@ -35,6 +35,8 @@ class Facts:
     """Longest row the model has positions for; None: no limit that is known."""
     learning: tuple[int, ...] = ()
     """Layers of the student that can learn from the attention they replace."""
+    converted: tuple[int, ...] = ()
+    """Layers of the student whose token mixer is not the base's attention."""
     total_steps: int | None = None
     """Optimizer steps of the stage, which ramps span as the schedule does; None outside of training."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from adapt.config.schema import Recipe, Trainable
 from adapt.conversion.base import apply_conversions, filled_rows, reads_layers
-from adapt.conversion.mixers import created_parameters, learning_layers
+from adapt.conversion.mixers import converted_layers, created_parameters, learning_layers
 from adapt.distributed.shard import make_mesh, shard
 from adapt.distributed.sharded_start import fill
 from adapt.distributed.world import World
@@ -113,6 +113,7 @@ def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
         vocabulary=Vocabulary.of(tokenizer, model.config),
         positions=longest_row(model.config),
         learning=learning_layers(model),
+        converted=converted_layers(model),
     )
 
 

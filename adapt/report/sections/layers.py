@@ -13,7 +13,7 @@ from adapt.report.figure import QUIET, inline
 from adapt.report.sections.heatmaps import whole
 
 SHOWN = {
-    "relative_error": "relative error of the heads, |student - teacher|² / |teacher|²",
+    "relative_error": "relative error of the token mixer, |student - teacher|² / |teacher|²",
     "log2_half_life": "half-life of the state, log2 of tokens (mean over heads and channels)",
 }
 
@@ -91,12 +91,13 @@ def _spread(grids: list[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
     shown = [grids[0], grids[-1]] if len(grids) > 1 else grids
+    most = 100 * max((c for grid in shown for row in grid["cells"] for c in row if is_number(c)), default=0.01)
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=(9.6, 0.17 * len(shown[-1]["rows"]) + 1.3), layout="constrained")
         for axes, grid in zip(figure.subplots(1, 2, squeeze=False)[0], shown, strict=False):
             rows, columns = grid["rows"], grid["columns"]
             cells = [[100 * cell if is_number(cell) else float("nan") for cell in row] for row in grid["cells"]]
-            drawn = axes.pcolormesh(cells, cmap="cividis", vmin=0, edgecolors="none")
+            drawn = axes.pcolormesh(cells, cmap="cividis", vmin=0, vmax=most, edgecolors="none")
             axes.set_ylim(len(rows), 0)
             axes.set_title(f"step {grid['step']:,}", fontsize=9, color=QUIET)
             axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=45, ha="right")
