@@ -1,12 +1,13 @@
 """One token after a long context: latent attention absorbed, as transformers decodes it, and the grouped attention it replaces.
 
-    python benchmarks/latent_decode.py layer           # one attention layer of SmolLM2-135M's shapes
-    python benchmarks/latent_decode.py model           # all 30 layers, embedding to logits
+    python benchmarks/latent_decode.py layer                       # one attention layer of SmolLM2-135M's shapes
+    python benchmarks/latent_decode.py layer --base llama-3.2-1b
+    python benchmarks/latent_decode.py model                       # all layers, embedding to logits
 
 `grouped` is transformers' Llama with SDPA; `expanded` its DeepseekV3, which maps the latents of all tokens to keys and
 values at every step; `absorbed` the same parameters as `adapt generate` opens them. Weights are random, and so is what
-the caches hold: no time depends on them. One thread, float32, one row. Process CPU time: variants take turns, medians
-count.
+the caches hold: no time depends on them. One thread, float32, one row. CPU time of the process: variants take turns, and
+the ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -25,53 +26,83 @@ from statistics import median
 import torch
 
 from adapt.conversion.latent_config import stock_config
+from adapt.conversion.latent_shape import TeacherShape, rank_for
 from adapt.generation.absorb import absorb
 from benchmarks.latent import timed
-from benchmarks.steps import smollm2
 
-RANKS = {"12.5 %": 16, "50 %": 160}
-"""Of the latent, beside a RoPE key of 32: shares of the cache of grouped attention, 384 numbers per token and layer."""
+ROPE_DIM = 32
+SHARES = (0.125, 0.5)
+"""Of the cache of grouped attention."""
+BASES = {
+    "smollm2-135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
 
 
-def models(layers: int) -> dict[str, torch.nn.Module]:
+def grouped(base: str, layers: int | None) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    over = {} if layers is None else {"num_hidden_layers": layers}
+    config = AutoConfig.for_model(
+        "llama", max_position_embeddings=32768, rope_theta=100000, tie_word_embeddings=True, **BASES[base] | over
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def latent(config, share: float) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Expanded and absorbed, of the same parameters."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    base = smollm2(layers).eval()
-    made = {"grouped": base}
-    for share, rank in RANKS.items():
-        rope = dict(base.config.rope_parameters)
-        config = stock_config(base.config, rank, 32, 32, rope, biases=False)
-        stock = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-        made[f"{share} expanded"] = stock
-        made[f"{share} absorbed"] = absorb(copy.deepcopy(stock))
-    return made
+    shape = TeacherShape.of(config)
+    rank, rope = rank_for(share, shape, ROPE_DIM), dict(config.rope_parameters)
+    made = stock_config(config, rank, shape.head_dim - ROPE_DIM, ROPE_DIM, rope)
+    stock = AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
+    return stock, absorb(copy.deepcopy(stock, {id(p): p for p in stock.parameters()}))
 
 
 @torch.inference_mode()
-def decode(what: str, lengths: list[int], repeat: int, layers: int) -> None:
+def decode(base: str, what: str, lengths: list[int], repeat: int) -> None:
     """A step appends to the cache, which copies it, as in transformers, and is taken back."""
-    every = models(layers if what == "model" else 1)
-    print(f"\nOne token, {what}, CPU ms (times the speed of grouped attention)\n")
-    print(f"| tokens | {' | '.join(every)} |\n|---|{'---|' * len(every)}")
+    theirs = grouped(base, 1 if what == "layer" else None)
+    pairs = {share: latent(theirs.config, share) for share in SHARES}
+    print(f"\n{base}, {what}: CPU ms per token (tokens/s), and the absorbed form's speed over the others'\n")
+    print("| tokens | cache | grouped | expanded | absorbed | x grouped | x expanded |\n|---|---|---|---|---|---|---|")
     for length in lengths:
-        steps = {name: step(model, what, length) for name, model in every.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(repeat + 1):
-            for name, call in steps.items():
-                took = timed(call)
-                if turn:  # the first is a warm-up
-                    seconds[name].append(took)
-        found = {name: median(times) for name, times in seconds.items()}
-        cells = [f"{1000 * t:.2f} ({found['grouped'] / t:.2f}x)" for t in found.values()]
-        print(f"| {length:,} | {' | '.join(cells)} |", flush=True)
+        models = {"grouped": theirs}
+        for share, pair in pairs.items():
+            models |= {(share, form): model for form, model in zip(("expanded", "absorbed"), pair, strict=True)}
+        seconds = in_turn({name: step(model, what, length) for name, model in models.items()}, repeat)
+        for share in SHARES:
+            times = [seconds["grouped"], seconds[share, "expanded"], seconds[share, "absorbed"]]
+            cells = [f"{1000 * median(t):.2f} ({1 / median(t):,.1f})" for t in times]
+            gains = [median(a / b for a, b in zip(t, times[-1], strict=True)) for t in times[:-1]]
+            cells += [f"{gain:.2f}" for gain in gains]
+            print(f"| {length:,} | {share:.1%} | {' | '.join(cells)} |", flush=True)
+
+
+def in_turn(steps: dict, repeat: int) -> dict:
+    """CPU seconds of every turn, without a first one to warm up."""
+    seconds: dict = {name: [] for name in steps}
+    for turn in range(repeat + 1):
+        for name, call in steps.items():
+            took = timed(call)
+            if turn:
+                seconds[name].append(took)
+    return seconds
 
 
 def step(model, what: str, length: int):
     cache = filled(model, length)
     place = torch.tensor([[length]])
     token, x = torch.randint(0, 49152, (1, 1)), torch.randn(1, 1, model.config.hidden_size)
-    turn = model.model.rotary_emb(x, place)
+    angles = model.model.rotary_emb(x, place)
     layer = model.model.layers[0].self_attn
 
     def call():
@@ -81,7 +112,7 @@ def step(model, what: str, length: int):
         else:
             layer(
                 hidden_states=x,
-                position_embeddings=turn,
+                position_embeddings=angles,
                 position_ids=place,
                 attention_mask=None,
                 past_key_values=cache,
@@ -108,12 +139,12 @@ def filled(model, length: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layer", "model"])
+    parser.add_argument("--base", choices=BASES, default="smollm2-135m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    decode(args.what, args.lengths, args.repeat, args.layers)
+    decode(args.base, args.what, args.lengths, args.repeat)
 
 
 if __name__ == "__main__":

@@ -6,44 +6,51 @@ from __future__ import annotations
 
 from typing import Any
 
-ROPES = ("default", "linear", "llama3", "yarn")
-"""Those that latent attention computes."""
+import torch
+from torch import Tensor
+
+from adapt.models.latent_attention import LatentAttention, LatentSpec
+
 BACKENDS = ("sdpa", "eager")
-"""Those whose masks it reads."""
+"""Those whose masks the absorbed form reads."""
 
 
 def absorb(model: Any) -> Any:
-    """`model`, whose latent layers now absorb where that is less work; in place. A model of another class, RoPE or
-    attention backend stays as it is: it computes the same, as transformers does."""
-    config = model.config
-    if config.model_type != "deepseek_v3" or config._attn_implementation not in BACKENDS:
-        return model
-    if not config.rope_interleave or config.rope_parameters.get("rope_type", "default") not in ROPES:
-        return model
-    for layer in model.model.layers:
-        layer.self_attn = _ours(layer.self_attn, config)
+    """`model`, whose latent layers now absorb where that is less work; in place. Other classes, and DeepseekV3 with a
+    kernel that takes no mask of queries by keys, stay as they are."""
+    if model.config.model_type == "deepseek_v3" and model.config._attn_implementation in BACKENDS:
+        for layer in model.model.layers:
+            layer.self_attn = StockLatent.of(layer.self_attn)
     return model
 
 
-def _ours(stock: Any, config: Any) -> Any:
-    """A layer made of the modules of `stock`: hence biases, and the norms' own precision."""
-    import torch
+class StockLatent(LatentAttention):
+    """Made of the modules of transformers' layer, hence its biases and norms, with its positions and scale."""
 
-    from adapt.models.latent_attention import LatentAttention, LatentSpec
+    @classmethod
+    def of(cls, stock: Any) -> StockLatent:
+        config = stock.config
+        spec = LatentSpec(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            kv_rank=config.kv_lora_rank,
+            q_rank=config.q_lora_rank,
+            nope_dim=config.qk_nope_head_dim,
+            rope_dim=config.qk_rope_head_dim,
+            v_dim=config.v_head_dim,
+            rope=dict(config.rope_parameters),
+            dropout=config.attention_dropout,
+        )
+        with torch.device("meta"):
+            made = cls(spec, stock.layer_idx, config)
+        for name, module in stock.named_children():
+            setattr(made, name, module)
+        made.scale = stock.scaling
+        return made.train(stock.training)
 
-    spec = LatentSpec(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        kv_rank=config.kv_lora_rank,
-        q_rank=config.q_lora_rank,
-        nope_dim=config.qk_nope_head_dim,
-        rope_dim=config.qk_rope_head_dim,
-        v_dim=config.v_head_dim,
-        rope=dict(config.rope_parameters),
-        dropout=config.attention_dropout,
-    )
-    with torch.device("meta"):
-        mixer = LatentAttention(spec, stock.layer_idx, config)
-    for name, module in stock.named_children():
-        setattr(mixer, name, module)
-    return mixer.train(stock.training)
+    def turned(self, q_rope: Tensor, k_rope: Tensor, position_ids: Tensor, position_embeddings: Any, **_: Any):
+        """By the angles that the model computes once for all of its layers, whatever its RoPE."""
+        from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
+
+        turn = theirs.apply_rotary_pos_emb_interleave if self.config.rope_interleave else theirs.apply_rotary_pos_emb
+        return turn(q_rope, k_rope, *position_embeddings)
