@@ -45,10 +45,10 @@ BASES = {
 }  # fmt: skip
 
 
-def grouped(base: str, layers: int | None) -> torch.nn.Module:
+def grouped(base: str, what: str) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    over = {} if layers is None else {"num_hidden_layers": layers}
+    over = {"num_hidden_layers": 1, "vocab_size": 8} if what == "layer" else {}
     config = AutoConfig.for_model(
         "llama", max_position_embeddings=32768, rope_theta=100000, tie_word_embeddings=True, **BASES[base] | over
     )
@@ -70,7 +70,7 @@ def latent(config, share: float) -> tuple[torch.nn.Module, torch.nn.Module]:
 @torch.inference_mode()
 def decode(base: str, what: str, lengths: list[int], repeat: int) -> None:
     """A step appends to the cache, which copies it, as in transformers, and is taken back."""
-    theirs = grouped(base, 1 if what == "layer" else None)
+    theirs = grouped(base, what)
     pairs = {share: latent(theirs.config, share) for share in SHARES}
     print(f"\n{base}, {what}: CPU ms per token (tokens/s), and the absorbed form's speed over the others'\n")
     print("| tokens | cache | grouped | expanded | absorbed | x grouped | x expanded |\n|---|---|---|---|---|---|---|")
@@ -101,7 +101,7 @@ def in_turn(steps: dict, repeat: int) -> dict:
 def step(model, what: str, length: int):
     cache = filled(model, length)
     place = torch.tensor([[length]])
-    token, x = torch.randint(0, 49152, (1, 1)), torch.randn(1, 1, model.config.hidden_size)
+    token, x = torch.zeros(1, 1, dtype=torch.long), torch.randn(1, 1, model.config.hidden_size)
     angles = model.model.rotary_emb(x, place)
     layer = model.model.layers[0].self_attn
 
@@ -128,7 +128,7 @@ def filled(model, length: int):
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    model(torch.randint(0, 49152, (1, 4)), past_key_values=cache)
+    model(torch.zeros(1, 4, dtype=torch.long), past_key_values=cache)
     for held in cache.layers:
         for name in ("keys", "values"):
             rows, heads, _, size = getattr(held, name).shape
