@@ -216,6 +216,9 @@ class Trainer:
     checkpoint and leave out the data in between."""
     max_non_finite: int = 10
     """With skip or rewind: give up after this many."""
+    timeout: int = 600
+    """Seconds that ranks wait for each other within a step. After that the run ends (exit 71) and names the rank that did
+    not arrive; one that died is noticed within a minute."""
     mesh: Mesh = field(default_factory=Mesh)
     """How ranks are arranged."""
 

@@ -34,6 +34,8 @@ class State:
     """`before` and `after`: evaluation results."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
+    owes_evaluation: bool = False
+    """Whether the evaluation of this step was begun and cut off: a resumed run makes it first."""
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each data set of the stage, and of the plan in which they are read."""
     finished: Literal["", "steps", "data", "rule"] = ""
