@@ -64,8 +64,9 @@ class Attempt:
         """How it ended, for the history; once."""
         if self.record is not None and not self._over.is_set():
             self._over.set()
-            self.record |= {"ended": _now(), "code": code, "reason": reason}
-            self._write()
+            with self._writing:
+                self.record |= {"ended": _now(), "code": code, "reason": reason}
+                self._write()
 
     def _live(self) -> None:
         while not self._over.wait(BEAT):
@@ -92,7 +93,7 @@ def claim(run: Path) -> Attempt:
     place.mkdir(parents=True, exist_ok=True)
     while True:
         last = newest_of(place)
-        before = _read(place, last) if last else {"ended": "never begun"}
+        before = _begun(place, last) if last else {"ended": "never begun"}
         over = _over(place, last, before)
         try:
             os.close(os.open(place / f"{last + 1}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -197,6 +198,15 @@ def _sign(place: Path, generation: int) -> tuple[str, int]:
     with suppress(OSError), open(place / f"{generation}.json", encoding="utf-8") as file:  # opened: NFS looks again
         return file.read(), os.fstat(file.fileno()).st_mtime_ns
     return "", 0
+
+
+def _begun(place: Path, generation: int) -> dict[str, Any]:
+    """The record of an attempt that may have been created this moment."""
+    for _ in range(20):
+        if found := _read(place, generation):
+            return found
+        time.sleep(0.05)
+    return {}
 
 
 def _read(place: Path, generation: int) -> dict[str, Any]:

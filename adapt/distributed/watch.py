@@ -61,7 +61,9 @@ class Watch:
 
     def start(self) -> None:
         """After that collective: every rank's line is there."""
+        self._heard = time.monotonic()
         threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def at(self, phase: str, step: int = 0) -> None:
         """What this rank does now: `start` (nothing to save), `step`, `evaluation`, `save`, `end`."""
@@ -99,7 +101,9 @@ class Watch:
         ahead = max(line["calls"] for line in now.values())
         behind = [r for r in now if r != self.rank and not now[r]["left"] and now[r]["calls"] < ahead]
         if gone:
-            return RankLost("; ".join(f"{_who(now[r])} died {_where(now[r])}" for r in gone))
+            lost = "; ".join(f"{_who(now[r])} died {_where(now[r])}" for r in gone)
+            self._publish(lost)
+            return RankLost(lost)
         if failed:
             return RunLost("; ".join(f"{_who(now[r])} ended with an error: {now[r]['left']}" for r in failed))
         if behind:
@@ -133,7 +137,6 @@ class Watch:
         while not self._over.wait(INTERVAL):
             now = time.monotonic()
             if now - loop > 5 * INTERVAL:  # this process was held up: it says nothing about the others
-                self._heard += now - loop
                 for seen in self._seen.values():
                     seen.new += now - loop
             loop = now
@@ -144,15 +147,31 @@ class Watch:
                 if self.rank == 0 and not lost:
                     lost = self._judge()
                     if lost:
-                        self.store.set(LOST, lost)
+                        self._publish(lost)
                 self._pass_on(stop.decode())
                 self._heard = time.monotonic()
-            except Exception:  # torch's store errors are RuntimeErrors of several kinds
-                lost = self._no_store() if time.monotonic() - self._heard > self.silent else b""
+            except Exception:  # torch's store errors are RuntimeErrors of several kinds; `_listen` gives up in time
+                lost = b""
             if not lost and self.rank != 0 and self._is_dead(0):
                 lost = f"{_who(self._seen[0].line)} died {_where(self._seen[0].line)}"
             if lost and not self._over.is_set():
                 self._end(RankLost.exit_code, lost if isinstance(lost, str) else lost.decode())
+
+    def _listen(self) -> None:
+        """For a store whose process is frozen: whoever asks it waits for ever."""
+        loop = time.monotonic()
+        while not self._over.wait(INTERVAL):
+            now = time.monotonic()
+            self._heard += now - loop if now - loop > 5 * INTERVAL else 0
+            loop = now
+            if now - self._heard > self.silent:
+                self._end(RankLost.exit_code, self._no_store())
+
+    def _publish(self, lost: str) -> None:
+        """Tell all ranks, and keep the store until they have read it."""
+        self.store.set(LOST, lost)
+        if self.rank == 0:
+            time.sleep(3 * INTERVAL)
 
     def _pass_on(self, stop: str) -> None:
         if self.flag is None:

@@ -51,6 +51,10 @@ def make_run(folder, name, steps=20, whole=True):
     grid = {"suite": "passkey", "rows": ["256", "512"], "columns": ["0-50", EVIL], "trials": 9}
     grids = [{"step": s, **grid, "cells": [[0.0, s / 40], [0.125, None]]} for s in (0, 10, steps)]
     (run / "grids.jsonl").write_text("".join(json.dumps(x) + "\n" for x in grids) + '{"step": 5, "rows": 3}\n{"st')
+    (run / "attempts").mkdir()
+    ended = {"ended": "now", "code": 75, "reason": EVIL, "from_step": 0, "step": 3, "host": EVIL, "slurm_job": EVIL}
+    (run / "attempts" / "1.json").write_text(json.dumps(ended))
+    (run / "attempts" / "2.json").write_text("{half")
     (run / "environment.json").write_text(json.dumps({"hardware": {"cores": 2, "cpu": "a CPU", "gpus": []}}))
     return run
 
