@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "trainer.devices",
     "trainer.timeout",
     "trainer.microbatch",
+    "trainer.deterministic",
     "trainer.non_finite",
     "trainer.max_non_finite",
     "logging",

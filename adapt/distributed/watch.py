@@ -28,6 +28,8 @@ INTERVAL = 1.0
 """Seconds between two lines of a rank."""
 SILENT = 60.0
 """Seconds without a line after which a rank counts as dead; at most the time-out of a step."""
+QUIET = 4 * INTERVAL
+"""Seconds without a line after which a rank that others have waited for too long is not there any more."""
 GRACE = 10.0
 """Seconds after which ranks that were asked to stop and have nothing to save end where they are."""
 LOST, STOP = "adapt/lost", "adapt/stop"
@@ -63,7 +65,8 @@ class Watch:
         """After that collective: every rank's line is there."""
         self._heard = time.monotonic()
         threading.Thread(target=self._run, daemon=True).start()
-        threading.Thread(target=self._listen, daemon=True).start()
+        if self.rank != 0:  # whose process keeps the store
+            threading.Thread(target=self._listen, daemon=True).start()
 
     def at(self, phase: str, step: int = 0) -> None:
         """What this rank does now: `start` (nothing to save), `step`, `evaluation`, `save`, `end`."""
@@ -92,7 +95,7 @@ class Watch:
         with an error of its own, or `error` itself where all are there."""
         try:
             before = self._read()
-            time.sleep(4 * INTERVAL)
+            time.sleep(QUIET)
             now = self._read()
         except Exception:
             return RankLost(self._no_store())
@@ -208,7 +211,10 @@ class Watch:
         longest = max(x["for"] for x in stuck)
         behind = [x for x in lines if x["calls"] < max(y["calls"] for y in lines)]
         if behind:
-            who = "; ".join(f"{_who(x)} did not arrive: it is {_where(x)}" for x in behind)
+            quiet = {r for r, seen in self._seen.items() if time.monotonic() - seen.new > QUIET}
+            who = "; ".join(
+                f"{_who(x)} {'died' if x['rank'] in quiet else 'did not arrive: it is'} {_where(x)}" for x in behind
+            )
             return f"{who}. The others have waited {longest:.0f} s (trainer.timeout={self.timeout:g})"
         return (
             f"all ranks are {_where(stuck[0])} and nothing moved for {longest:.0f} s (trainer.timeout={self.timeout:g}): "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -132,6 +132,24 @@ def on_main(world: World, work: Callable[[], T], flag: StopFlag | None = None) -
     return result
 
 
+def from_main(value: T) -> T:
+    """Rank 0's value on every rank (something small that can be pickled); collective where there are several."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(world: World, value: T) -> list[T]:
+    """Every rank's value on every rank, in their order. Collective."""
+    if world.size == 1:
+        return [value]
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, value)
+    return found
+
+
 def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None) -> World:
     """Join the processes torchrun or srun started, or start `devices` of them on this machine. Call once. `timeout`:
     seconds that ranks wait for each other within a step; `flag`: set on all ranks when it is on one."""
@@ -151,7 +169,7 @@ def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout) + MARGIN)
+        _meet("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout))
     if dist.is_initialized():
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     if size == 1:
@@ -161,6 +179,17 @@ def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None
     world.barrier()
     watch.start()
     return world
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Join the process group. Raises RankLost where not all come."""
+    try:
+        dist.init_process_group(backend, timeout=timeout + MARGIN)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def on_loss(world: World, tell: Callable[[int, str], None]) -> None:

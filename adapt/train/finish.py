@@ -12,6 +12,7 @@ from adapt.distributed import world as worlds
 from adapt.train import interpolate
 from adapt.train.build import facts_of, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
+from adapt.train.measure import measure
 from adapt.train.root import look
 from adapt.train.signals import stop_point
 
@@ -33,7 +34,7 @@ def finish(run: _Run, recipe: Recipe) -> None:
     if recipe.export.interpolation is not None:
         results = results | _interpolate(run, recipe, objective)
     stop_point(run.flag, run.world, WHERE)
-    model = whole_student(recipe, run.tokenizer, run.root, run.world)
+    model = whole_student(recipe, run.tokenizer, run.root, run.world, run.state.decided)
     # The export comes first: a prompt that cannot be decoded must not cost it.
     worlds.on_main(
         run.world,
@@ -58,7 +59,7 @@ def _take_best(run: _Run, recipe: Recipe, objective) -> None:
         checkpoint.load(path, run.root, None)
         run.say(f"exporting the best checkpoint, {path.name}: {recipe.evaluation.best} {run.state.best:.4g}")
         run.root.eval()
-        run.state.results["after"] = run.measure(recipe, objective)
+        run.state.results["after"] = measure(run, recipe, objective)
 
 
 def _interpolate(run: _Run, recipe: Recipe, objective) -> dict[str, Any]:
@@ -66,12 +67,12 @@ def _interpolate(run: _Run, recipe: Recipe, objective) -> dict[str, Any]:
     state = run.state
     of = state.best_step if recipe.evaluation.best and state.best_step is not None else state.step
     run.root.eval()
-    measure = partial(run.measure, recipe, objective) if recipe.evaluation.suites else dict
+    measured = partial(measure, run, recipe, objective) if recipe.evaluation.suites else dict
     wanted, folder = recipe.export.interpolation, run.folder
     known = {alpha: state.results[end] for alpha, end in ((0.0, "before"), (1.0, "after")) if end in state.results}
     if len({frozenset(found) for found in known.values()}) > 1:  # resumed with other suites
         known.pop(0.0)
-    found = interpolate.sweep(run.root, folder.checkpoints, f"step-{of}", wanted, measure, known, run.world)
+    found = interpolate.sweep(run.root, folder.checkpoints, f"step-{of}", wanted, measured, known, run.world)
     state.results["after"] = found.results
     if run.world.main:
         folder.write_json(interpolate.FILE, found.to_dict())

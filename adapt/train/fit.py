@@ -25,17 +25,18 @@ from adapt.errors import UserError
 from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
-from adapt.train import interpolate
-from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable
+from adapt.train import interpolate, start_values
+from adapt.train.build import build_root, compute_dtype, facts_of, set_trainable
+from adapt.train.deterministic import deterministic, prepare
 from adapt.train.finish import finish
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.hooks import Hooks
+from adapt.train.measure import measure
 from adapt.train.mixing import total_steps
 from adapt.train.module import Stage, train
 from adapt.train.outcome import outcome
 from adapt.train.probe import dry_run, leak_probe
 from adapt.train.progress import duration
-from adapt.train.root import look
 from adapt.train.rules import learners
 from adapt.train.signals import StopFlag, stop_point
 from adapt.train.state import State
@@ -57,10 +58,11 @@ def fit(resolved: Resolved, resume: str = "no", flag: StopFlag | None = None) ->
             check_or_raise(resolved)
             _quiet()
         trainer = resolved.recipe.trainer
+        prepare(trainer.deterministic)
         world = worlds.start(trainer.devices, trainer.timeout, flag)
         stack.callback(worlds.stop)
         folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
-        with outcome(folder, world):
+        with outcome(folder, world), deterministic(trainer.deterministic):
             _Run(resolved, folder, world, flag, began).go()
     return 0
 
@@ -91,9 +93,9 @@ class _Run:
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe), self.flag)
         self.tokenizer = self.tokenizer or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
-        student = build_student(recipe, self.tokenizer)
-        self.facts = facts_of(recipe, student, self.tokenizer)
-        self.root, self.teacher_of = build_root(recipe, student, world), None
+        self.decided = _decided(self.folder)
+        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, self.decided), None
+        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
 
     def _begin(self) -> None:
         """The run folder, and where the run stands in it."""
@@ -110,11 +112,14 @@ class _Run:
         self.resume_from = saved[-1] if folder.resumed and saved else None
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
+        self.state.decided = self.decided
         if world.main:
             from adapt.train.loggers import build_loggers
 
             folder.attempt.begin_at(self.state.step)
             self.loggers = build_loggers(self.resolved.recipe, folder.path, self.state.step if folder.resumed else 0)
+        for where, answer in self.decided.items():
+            self.say(f"{where}: {answer['text']}")
 
     @contextmanager
     def _unsaved(self, where: str) -> Iterator[None]:
@@ -147,7 +152,8 @@ class _Run:
         hooks = None
         while not state.finished:
             hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
-        self._finish(stages[last])
+        self.world.at("end")
+        finish(self, stages[last])
 
     def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None, *, last: bool) -> Hooks:
         state = self.state
@@ -176,7 +182,7 @@ class _Run:
             stream, rows = feed.stream, module.rows_per_step
             state.read = stream.plan.counts((state.stage_step + state.skipped) * rows // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-            state.minima, state.objective, state.best, state.best_step = {}, {}, None, None
+            state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
         hooks.saved_step = -1
         hooks.save()
         return hooks
@@ -210,7 +216,7 @@ class _Run:
         rows_per_step = self._rows_per_step(recipe)
         feed = feed_of(recipe, self.data.train, state, rows_per_step)
         if world.main:
-            self.folder.add_data(self.data.manifest)
+            self.folder.add_data(feed.add_to(self.data.manifest))
         progress = None
         if world.main:
             progress = Progress(
@@ -227,7 +233,7 @@ class _Run:
             flag=self.flag,
             root=self.root,
             optimizer=optimizer,
-            measure=lambda: self.measure(recipe, objective),
+            measure=lambda: measure(self, recipe, objective),
             observe=objective.observe,
             loggers=self.loggers,
             progress=progress,
@@ -237,7 +243,21 @@ class _Run:
             hooks.saved_step = state.step
         if recipe.export.interpolation is not None:
             interpolate.keep_start(self.folder, state.step, self.root, world)
+        if compares := recipe.objective.declares("compares_with_start"):
+            objective.remember(start_values.nothing)
         microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
+        if compares:
+            start_values.begin(
+                recipe,
+                objective,
+                state,
+                feed.stream,
+                feed.steps,
+                root=self.root,
+                microbatch=microbatch,
+                world=world,
+                hooks=hooks,
+            )
         module = Stage(
             root=self.root,
             objective=objective,
@@ -279,7 +299,15 @@ class _Run:
         world = self.world
         first = feed.stream.step_batch(0, rows_per_step, world.rank, world.size)
         wanted = recipe.trainer.microbatch
-        size, took = dry_run(self.root, objective, first, microbatch=wanted, seed=recipe.run.seed, world=world)
+        size, took = dry_run(
+            self.root,
+            objective,
+            first,
+            microbatch=wanted,
+            seed=recipe.run.seed,
+            world=world,
+            unit=feed.stream.unit,
+        )
         if progress:
             steps = feed.steps - self.state.stage_step
             estimate = steps * took * first.num_rows / size
@@ -303,52 +331,16 @@ class _Run:
                 self.say(note)
         return size
 
-    def measure(self, recipe: Recipe, objective) -> dict[str, float]:
-        from adapt.data.stream import eval_batches
-        from adapt.evaluate.context import EvalContext, guard_labels
-        from adapt.evaluate.runner import evaluate
-        from adapt.generation.contract import Contract
-
-        world = self.world
-        sets = {
-            label: partial(
-                eval_batches, shards, recipe.data.seq_len, 4, recipe.evaluation.limit, world.rank, world.size
-            )
-            for label, shards in self.data.eval.items()
-        }
-
-        def reduce(values: dict[str, float]) -> dict[str, float]:
-            return dict(zip(values, world.sum([float(v) for v in values.values()]), strict=True))
-
-        where = f"in the evaluation at step {self.state.step}; checkpoint saved"
-
-        def call(fn, *args):
-            stop_point(self.flag, world, where)
-            return look(self.root, fn, *args)
-
-        context = EvalContext(
-            call=call,
-            tokenizer=self.tokenizer,
-            eval_sets=sets,
-            reduce=reduce,
-            keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
-            facts=self.facts,
-            contract=Contract.of(objective.export_fields()),
-            guards=guard_labels(recipe.data, list(sets)),
-            start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
-            device=world.device,
-            seed=recipe.run.seed,
-        )
-        return evaluate(recipe.evaluation.suites, context)
-
-    def _finish(self, recipe: Recipe) -> None:
-        self.world.at("end")
-        finish(self, recipe)
-
     def say(self, text: str) -> None:
         if self.world.main:
             self.folder.log(text)
             print(text)
+
+
+def _decided(folder: RunFolder) -> dict[str, Any]:
+    """What the conversions of a run that goes on found when it began; {} before its first checkpoint."""
+    saved = checkpoint.checkpoints(folder.checkpoints) if folder.resumed else []
+    return worlds.from_main(checkpoint.read_state(saved[-1]).get("decided", {}) if saved else {})
 
 
 def stream_tokens(data) -> int:

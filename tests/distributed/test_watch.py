@@ -47,7 +47,7 @@ class Ranks:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_killed_rank_is_named(size):
-    with Ranks("killed", size) as ranks:
+    with Ranks("killed", size, timeout=9) as ranks:
         last = size - 1
         for rank in range(last):
             code, told = ranks.end(rank)
@@ -68,7 +68,7 @@ def test_a_rank_that_hangs_is_named_within_the_time_out():
 
 def test_a_frozen_rank_is_named():
     """As a node whose power is gone: its connections stay open."""
-    with Ranks("frozen") as ranks:
+    with Ranks("frozen", timeout=9) as ranks:
         code, told = ranks.end(0)
         assert code == 71, told
         assert "rank 1" in told

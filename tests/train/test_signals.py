@@ -17,7 +17,7 @@ from adapt.config import resolve
 from adapt.data import build
 from adapt.distributed import checkpoint
 from adapt.errors import StopRequested
-from adapt.train import finish, fit, probe
+from adapt.train import finish, fit, measure, probe
 from adapt.train.signals import StopFlag, stop_point
 from tests import tiny
 from tests.recipes import tiny_recipe
@@ -51,12 +51,12 @@ CALLS = 10
 """Calls of the model that an evaluation of this recipe makes."""
 PHASES = {
     "data preparation": (build._Preparation, "write", 1, None),
-    "reading weights": (fit, "build_student", 1, None),
+    "reading weights": (fit, "build_root", 1, None),
     "dry run": (probe, "gradients", 1, None),
-    "evaluation of the start": (fit, "look", 2, 0),
-    "evaluation in the middle": (fit, "look", 1 + CALLS + 2, 2),
+    "evaluation of the start": (measure, "look", 2, 0),
+    "evaluation in the middle": (measure, "look", 1 + CALLS + 2, 2),
     "saving": (checkpoint.dcp, "save", 1, 6),
-    "evaluation of the end": (fit, "look", 1 + 3 * CALLS + 2, 6),
+    "evaluation of the end": (measure, "look", 1 + 3 * CALLS + 2, 6),
     "export": (finish, "export", 1, 6),
     "samples": (finish, "look", 1, 6),
 }
@@ -150,15 +150,15 @@ def test_two_ranks_agree_when_one_is_asked_in_an_evaluation(tmp_path):
     base = tiny.save_tiny(tmp_path / "base")
     code = (
         "import os, signal, sys\n"
-        "from adapt.train import fit\n"
-        "look = fit.look\n"
+        "from adapt.train import measure\n"
+        "look = measure.look\n"
         "def asked(*args):\n"
         "    asked.calls += 1\n"
         "    if asked.calls == 3 and os.environ['RANK'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return look(*args)\n"
         "asked.calls = 0\n"
-        "fit.look = asked\n"
+        "measure.look = asked\n"
         "from adapt.cli import entry\n"
         "entry()"
     )
