@@ -293,6 +293,18 @@ def _tokenizer(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _health_arguments(parser: argparse.ArgumentParser) -> None:
+    from adapt.distributed.health import add_arguments
+
+    add_arguments(parser)
+
+
+def _health(args: argparse.Namespace) -> int:
+    from adapt.distributed.health import health
+
+    return health(args)
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from adapt.config import shipped_recipes
 
@@ -319,6 +331,7 @@ VERBS: dict[str, Verb] = {
     "push": ("upload an exported folder to the Hub", _push_arguments, _push),
     "data": ("fetch, prepare or describe the data of a recipe", _data_arguments, _data),
     "tokenizer": ("extend a tokenizer by a language, or compare tokenizers", _tokenizer_arguments, _tokenizer),
+    "health": ("try the machines of a run: do its ranks meet, memory, disk", _health_arguments, _health),
     "recipes": ("list the recipes that ship", lambda parser: None, _recipes),
 }
 DESCRIPTION = "\n".join(
