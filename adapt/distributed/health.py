@@ -24,7 +24,9 @@ BYTES = {"cpu": 2**22, "cuda": 2**28}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dir", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
+    parser.add_argument("-c", "--config", metavar="RECIPE", help="look at the disk that this recipe's runs are on")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUBKEY=VALUE", help="dotted overrides of the recipe")
+    parser.add_argument("--dir", type=Path, help="where runs are written (default: the recipe's run.dir, or here)")
     parser.add_argument("--disk", type=float, default=5.0, metavar="GIB", help="room it must have (default: 5)")
     parser.add_argument(
         "--gpu", type=float, default=0.9, metavar="PART", help="part of each GPU that must be free (default: 0.9)"
@@ -33,20 +35,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def health(args: argparse.Namespace) -> int:
-    """Exit code 0, or 1 where something is wrong. Raises RankLost where the ranks do not come together."""
-    from adapt.distributed import world as worlds
+    """Exit code 0, or 1 where something is wrong. Raises RankLost where the ranks do not come together, and UserError for
+    a recipe that cannot be read."""
     from adapt.train.signals import StopFlag
 
     with StopFlag() as flag, flag.at_once("in the health check"):
+        folder = _folder(args)
+        from adapt.distributed import world as worlds
+
         world = worlds.start("auto", args.timeout, flag)
         try:
-            problems = [*_reduces(world), *_gpu(world, args.gpu), *_disk(world, args.dir, args.disk)]
+            problems = [*_reduces(world), *_gpu(world, args.gpu), *_disk(world, folder, args.disk)]
             reports = worlds.gather(world, _report(world) | {"problems": problems})
         finally:
             worlds.stop()
     if world.main:
         _tell(reports)
     return int(any(report["problems"] for report in reports))
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    if args.dir is not None or args.config is None:
+        return args.dir or Path()
+    from adapt.config import load
+
+    return Path(load(args.config, args.overrides).recipe.run.dir)
 
 
 def _report(world: Any) -> dict[str, Any]:

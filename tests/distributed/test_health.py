@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from adapt import cli
 from adapt.distributed import health
+from tests.recipes import tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +24,14 @@ def test_a_machine_that_is_well(tmp_path, capsys):
     assert "torch" in shown
     assert f"host {socket.gethostname()}" in shown
     assert list((tmp_path / "runs").iterdir()) == [], "nothing is left behind"
+
+
+def test_the_disk_is_that_of_the_recipes_runs(tiny_base, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe(tiny_base, tmp_path)))
+    assert cli.main(["health", "--disk=1e9", "-c", str(file), f"run.dir={tmp_path / 'elsewhere'}"]) == 1
+    assert f"{tmp_path / 'elsewhere'} has" in capsys.readouterr().out
+    assert cli.main(["health", "-c", str(file), "run.folder=x"]) == 2
 
 
 def test_a_disk_that_is_too_small_or_cannot_be_written(tmp_path, capsys):

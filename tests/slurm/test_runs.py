@@ -61,7 +61,7 @@ class Run:
     def reaches(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         self.cluster.until(
-            lambda: metrics.exists() and max(losses(self.path), default=0) >= step, 180, lambda: self.log()
+            lambda: metrics.exists() and max(losses(self.path), default=0) >= step, 300, lambda: self.log()
         )
 
     def log(self) -> str:

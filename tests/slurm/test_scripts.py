@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -119,12 +120,22 @@ def test_the_signal_before_the_time_limit_reaches_every_task_and_the_job_goes_on
     assert "saved 1" in log
 
 
+@pytest.mark.slow
+def test_a_job_that_reaches_its_limit_before_it_has_saved_goes_on_all_the_same(cluster, does, tmp_path):
+    """Asked too late: at the limit itself."""
+    job = submit(cluster, tmp_path, "--time=1", "--signal=B:URG@1", **does(WAITS.replace("300", "900")))
+    assert ended(cluster, job, tmp_path, 240)["JobState"] == "COMPLETED"
+    assert len(starts(tmp_path)) == 2
+
+
 def test_who_cancels_the_job_means_it(cluster, does, tmp_path):
     """It may save, and does not come back."""
     job = submit(cluster, tmp_path, **does(WAITS))
     up(cluster, tmp_path)
     cluster.run("scancel", job)
     assert ended(cluster, job, tmp_path)["JobState"] == "CANCELLED"
+    time.sleep(3)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
     assert len(starts(tmp_path)) == 1
     assert "back into the queue" not in (tmp_path / "log").read_text()
 
