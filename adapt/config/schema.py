@@ -227,6 +227,9 @@ class Trainer:
     first 16 are let through); 5 to 10 is usual. null: with non-finite ones only."""
     max_non_finite: int = 10
     """With skip or rewind: give up after this many."""
+    timeout: int = 600
+    """Seconds that ranks wait for each other within a step. After that the run ends (exit 71) and names the rank that did
+    not arrive; one that died is noticed within a minute."""
     mesh: Mesh = field(default_factory=Mesh)
     """How ranks are arranged."""
 

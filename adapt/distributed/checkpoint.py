@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from adapt.attempts import Attempt
 from adapt.distributed.world import World
 from adapt.errors import UserError
 from adapt.optim.suite import algorithms, restart
@@ -37,10 +38,15 @@ def save(
     state: dict[str, Any],
     world: World,
     name: str | None = None,
+    attempt: Attempt | None = None,
 ) -> Path:
-    """Write `folder/step-<step>` (or `folder/<name>`, which is never pruned) from all ranks. Raises UserError (disk full, read-only) with the old ones intact."""
+    """Write `folder/step-<step>` (or `folder/<name>`, which is never pruned) from all ranks. Raises UserError (disk full,
+    read-only) and Superseded (a newer attempt has the run folder) with the old ones intact."""
     final = folder / (name or f"step-{step}")
     partial = folder / f".partial-{final.name}"
+    if attempt is not None:
+        attempt.check()
+        partial = partial.with_name(f"{partial.name}.{attempt.generation}")  # no other attempt's ranks write there
     error = ""
     if world.main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -61,6 +67,8 @@ def save(
             f"The checkpoints before it are intact. Make room (or point run.dir elsewhere) and go on with --resume."
         )
     if world.main:
+        if attempt is not None:
+            attempt.check()
         replaced = folder / f".replaced-{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():  # moved aside, not deleted: between any two of these lines one of them is whole
@@ -79,7 +87,7 @@ def recover(folder: Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(replaced, final)
-    for partial in folder.glob(".partial-step-*"):
+    for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 

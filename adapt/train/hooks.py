@@ -13,7 +13,7 @@ from torch import nn
 from adapt.config.schema import Recipe
 from adapt.distributed import checkpoint
 from adapt.distributed.world import World
-from adapt.errors import Problem, UserError
+from adapt.errors import Problem, StopRequested, UserError
 from adapt.optim.suite import restart
 from adapt.runfolder import RunFolder
 from adapt.train.progress import Progress
@@ -51,6 +51,7 @@ class Hooks:
     def log(self, values: dict[str, float]) -> None:
         if not self.world.main:
             return
+        self.folder.guard()
         for logger in self.loggers:
             logger.log_metrics(values, step=self.state.step)
         if self.progress:
@@ -59,6 +60,7 @@ class Hooks:
     def fact(self, values: dict[str, Any]) -> None:
         """What is told once, as a line of its own in the metrics."""
         if self.world.main:
+            self.folder.guard()
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.state.step)
 
@@ -76,6 +78,8 @@ class Hooks:
 
     def after_step(self, stage: Any) -> None:
         recipe, state = self.recipe, self.state
+        if self.folder.attempt is not None:
+            self.folder.attempt.step = state.step
         last = state.stage_step >= stage.total_steps
         if recipe.evaluation.every and state.stage_step % recipe.evaluation.every == 0 and not last:
             self.evaluate()
@@ -88,10 +92,18 @@ class Hooks:
         """Run the suites, log them, keep the best, apply the stop rules. Collective."""
         if not self.recipe.evaluation.suites:
             return {}
+        self.world.at("evaluation", self.state.step)
+        self.state.owes_evaluation = True
         started = time.monotonic()
         self.root.eval()
-        results = self.measure()
+        try:
+            results = self.measure()
+        except StopRequested:
+            self.root.train()
+            self.save()
+            raise
         self.root.train()
+        self.state.owes_evaluation = False
         if self.progress:
             self.progress.leave_out(time.monotonic() - started)
         self.state.objective = self.observe(results)
@@ -140,6 +152,7 @@ class Hooks:
         """Checkpoint this step (once), then prune. Collective."""
         if self.saved_step == self.state.step:
             return
+        self.world.at("save", self.state.step)
         started = time.perf_counter()
         path = checkpoint.save(
             self.folder.checkpoints,
@@ -148,6 +161,7 @@ class Hooks:
             self.optimizer,
             self.state.to_dict(),
             self.world,
+            attempt=self.folder.attempt,
         )
         self.saved_step = self.state.step
         if self.world.main:

@@ -14,11 +14,13 @@ from torch import nn
 from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
+from adapt.errors import UserError
 from adapt.objectives.base import Objective
 from adapt.optim.exchange import traffic
 from adapt.optim.following import Following
 from adapt.optim.state_bytes import state_bytes
 from adapt.train.frozen_rows import FrozenRows
+from adapt.train.probe import out_of_memory
 from adapt.train.signals import StopFlag
 from adapt.train.spikes import remember, spike
 from adapt.train.state import State
@@ -79,6 +81,7 @@ class Stage(L.LightningModule):
     def training_step(self, _: int, index: int) -> None:
         state, started = self.state, time.perf_counter()
         step = state.stage_step
+        self.world.at("step", state.step)
         optimizer = self.optimizers()
         hyper = self.following.set(step, self.total_steps)
         batch = self.stream.step_batch(step + state.skipped, self.rows_per_step, self.world.rank, self.world.size)
@@ -150,3 +153,41 @@ class Stage(L.LightningModule):
             "time": time.time(),
         }
         self.hooks.log(values)
+
+
+def train(module: Stage) -> None:
+    """One Lightning fit. Raises UserError where the memory does not suffice."""
+    trainer = L.Trainer(
+        **_lightning_world(module.world),
+        max_epochs=1,
+        max_steps=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        plugins=[],
+    )
+    try:
+        trainer.fit(module)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory(module.microbatch, module.recipe.data.seq_len)) from None
+
+
+def _lightning_world(world: World) -> dict[str, Any]:
+    """The processes exist already (world.py), so Lightning finds them as it finds torchrun's."""
+    kind = "gpu" if world.device.type == "cuda" else "cpu"
+    if not world.grouped:
+        return {"accelerator": kind, "devices": 1}
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
+    strategy.cluster_environment = TorchElasticEnvironment()
+    return {
+        "accelerator": kind,
+        "devices": world.local_size,
+        "num_nodes": world.size // world.local_size,
+        "strategy": strategy,
+    }

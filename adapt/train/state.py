@@ -38,6 +38,8 @@ class State:
     """What evaluations have measured of models that do not change (adapt.evaluate.others)."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
+    owes_evaluation: bool = False
+    """Whether the evaluation of this step was begun and cut off: a resumed run makes it first."""
     decided: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What conversions found in the base's weights when the run began (which layers, which ranks), by their key."""
     start_values: str = ""
