@@ -40,8 +40,7 @@ def stepped() -> tuple[Small, torch.optim.Optimizer]:
 
 
 @pytest.fixture
-def saved(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {"student.weight": "adamw"})
+def saved(tmp_path) -> Path:
     return checkpoint.save(tmp_path / "checkpoints", 3, *stepped(), {"step": 3}, HERE)
 
 
@@ -112,7 +111,6 @@ def test_a_file_that_did_not_arrive_as_it_was_written_counts_as_damaged(tmp_path
             return len(data)
 
     monkeypatch.setattr(checksums.io, "FileIO", Lossy)
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {})
     path = checkpoint.save(tmp_path, 1, *stepped(), {}, HERE)
     assert "does not hold what was written" in damage(path)
 
@@ -157,8 +155,7 @@ def test_with_no_healthy_checkpoint_a_run_ends_with_a_letter_and_touches_nothing
     assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-1", "step-2", "step-3"]
 
 
-def test_retention_counts_no_damaged_checkpoint_among_those_it_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {})
+def test_retention_counts_no_damaged_checkpoint_among_those_it_keeps(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, *stepped(), {}, HERE)
     flip(tmp_path / "step-3" / "__0_0.distcp", 9)
