@@ -46,7 +46,7 @@ def health(args: argparse.Namespace) -> int:
         world = worlds.start("auto", args.timeout, flag)
         try:
             problems = [*_reduces(world), *_gpu(world, args.gpu), *_disk(world, folder, args.disk)]
-            reports = worlds.gather(world, _report(world) | {"problems": problems})
+            reports = worlds.together(lambda: _report(world) | {"problems": problems})
         finally:
             worlds.stop()
     if world.main:

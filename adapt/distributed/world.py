@@ -141,13 +141,24 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def gather(world: World, value: T) -> list[T]:
-    """Every rank's value on every rank, in their order. Collective."""
-    if world.size == 1:
-        return [value]
-    found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, value)
-    return found
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What `work` returns on every rank (something small that can be pickled), when all are done. Where any of them fails,
+    all do: with the error itself on its own rank, with a RuntimeError that quotes it on the others. Collective."""
+    try:
+        mine: tuple[Any, Exception | None] = work(), None
+    except Exception as error:
+        mine = None, error
+    if not dist.is_initialized():
+        told = [(mine[0], mine[1] and str(mine[1]))]
+    else:
+        told = [(None, None)] * dist.get_world_size(group)
+        dist.all_gather_object(told, (mine[0], mine[1] and f"rank {dist.get_rank()}: {mine[1]}"), group)
+    if mine[1] is not None:
+        raise mine[1]
+    for _, error in told:
+        if error is not None:
+            raise RuntimeError(error)
+    return [result for result, _ in told]
 
 
 def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None) -> World:

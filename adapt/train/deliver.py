@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from adapt.config import Recipe, Resolved
-from adapt.distributed import checkpoint
+from adapt.distributed import checkpoint, healthy
 from adapt.distributed.world import World
-from adapt.errors import UserError
+from adapt.errors import Problem, UserError
 from adapt.objectives.base import Objective
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
@@ -58,29 +58,54 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
 
     folder = RunFolder.open(Path(run_dir))
     resolved = folder.resolved()
-    saved = checkpoint.checkpoints(folder.checkpoints)
-    if not saved:
-        raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
+    saved = _newest(folder)
     recipe = resolved.stages[-1]
     if dtype is not None:
         recipe = replace(recipe, export=replace(recipe.export, dtype=dtype))
         resolved = Resolved((recipe,), resolved.names[-1:], resolved.plain)
     tokenizer = load_tokenizer(recipe)
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    state = State.from_dict(checkpoint.read_state(saved[-1]))
+    state = State.from_dict(checkpoint.read_state(saved))
     root = build_root(recipe, tokenizer, world, state.decided)
     facts = facts_of(recipe, root.student, tokenizer)
-    checkpoint.load(saved[-1], root, None)
+    checkpoint.load(saved, root, None, verify=False)
     results = dict(state.results)
     found = read_sweep(folder)
-    if done := interpolate.redo(folder, recipe.export.interpolation, saved[-1], found, root):
+    if done := interpolate.redo(folder, recipe.export.interpolation, saved, found, root):
         print(f"exporting {done}")
-        if found.get("of") == saved[-1].name:
+        if found.get("of") == saved.name:
             results |= {"interpolation": found, "after": interpolate.taken(found)}
     model = whole_student(recipe, tokenizer, root, world)
     fields = decoding_fields(recipe, recipe.objective.build(facts))
     print(export(folder, resolved, model, tokenizer, results, fields, Path(to)))
     return 0
+
+
+def reshard_run(run_dir: Path, to: Path, ranks: int, dtype: str | None) -> int:
+    """`adapt export RUN --to DIR --reshard RANKS`: the newest checkpoint as DIR/step-N, for another number of ranks."""
+    from adapt.distributed.reshard import reshard
+
+    problems = []
+    if ranks < 1:
+        problems.append(Problem("--reshard", f"{ranks} must be 1 or more: the ranks that share the weights"))
+    if dtype is not None:
+        problems.append(Problem("--dtype", f"{dtype}: a checkpoint to go on from keeps its dtypes; leave it out"))
+    if problems:
+        raise UserError(problems)
+    folder = RunFolder.open(Path(run_dir))
+    path = reshard(_newest(folder), Path(to), ranks)
+    print(path)
+    print(f"To go on from it, put it in the place of the one in {folder.checkpoints} and --resume.")
+    return 0
+
+
+def _newest(folder: RunFolder) -> Path:
+    saved, damaged = healthy.newest(folder.checkpoints)
+    if not saved:
+        raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
+    for path, wrong in damaged.items():
+        print(f"warning: checkpoint {path.name} is damaged ({wrong}); exporting {saved.name} instead")
+    return saved
 
 
 def read_sweep(folder: RunFolder) -> dict[str, Any]:

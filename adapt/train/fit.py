@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ import torch
 from adapt.config import Resolved
 from adapt.config.schema import Recipe
 from adapt.conversion.base import planned_tokenizer
-from adapt.distributed import checkpoint
+from adapt.distributed import checkpoint, healthy
 from adapt.distributed import world as worlds
+from adapt.distributed.saver import Saver
 from adapt.distributed.world import World
 from adapt.errors import UserError
 from adapt.optim.following import Following
@@ -62,8 +64,8 @@ def fit(resolved: Resolved, resume: str = "no", flag: StopFlag | None = None) ->
         world = worlds.start(trainer.devices, trainer.timeout, flag)
         stack.callback(worlds.stop)
         folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
-        with outcome(folder, world), deterministic(trainer.deterministic):
-            _Run(resolved, folder, world, flag, began).go()
+        with outcome(folder, world), deterministic(trainer.deterministic), Saver(world) as saver:
+            _Run(resolved, folder, world, flag, began, saver).go()
     return 0
 
 
@@ -81,7 +83,8 @@ def _take(resolved: Resolved, resume: str) -> RunFolder:
 class _Run:
     """The objects of one run that live across its stages."""
 
-    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float):
+    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float, saver: Saver):
+        self.saver = saver
         self.resolved, self.folder, self.world, self.flag, self.began = resolved, folder, world, flag, began
         self.state, self.loggers = State(), []
         with self._unsaved(UNSAVED):
@@ -93,7 +96,8 @@ class _Run:
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe), self.flag)
         self.tokenizer = self.tokenizer or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
-        self.decided = _decided(self.folder)
+        self.resume_from = self._newest()
+        self.decided = _decided(self.resume_from)
         self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, self.decided), None
         self.facts = facts_of(recipe, self.root.student, self.tokenizer)
 
@@ -103,13 +107,10 @@ class _Run:
 
         def begin() -> int:
             folder.begin(self.resolved)  # nothing is left behind by a start that failed before this
-            checkpoint.recover(folder.checkpoints)
             return folder.attempt.generation
 
         (generation,) = world.sum([worlds.on_main(world, begin) or 0])
         folder.follow_attempt(generation)
-        saved = checkpoint.checkpoints(folder.checkpoints)
-        self.resume_from = saved[-1] if folder.resumed and saved else None
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
         self.state.decided = self.decided
@@ -130,6 +131,13 @@ class _Run:
             yield
         stop_point(self.flag, self.world, where)
 
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from. Collective."""
+        if not worlds.from_main(self.folder.resumed):
+            return None
+        worlds.on_main(self.world, lambda: checkpoint.recover(self.folder.checkpoints))
+        return healthy.take_newest(self.folder.checkpoints, self.world, self.say)
+
     def _prepare(self, recipe: Recipe):
         """Rank 0 prepares the shards, the others find them ready."""
         from adapt.data.prepare import prepare
@@ -148,7 +156,7 @@ class _Run:
             state.finished = ""
         if state.finished:
             self.say(f"all {len(stages)} stage(s) were done before; exporting again")
-            checkpoint.load(self.resume_from, self.root, None)
+            checkpoint.load(self.resume_from, self.root, None, verify=False)
         hooks = None
         while not state.finished:
             hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
@@ -213,7 +221,7 @@ class _Run:
             adopt(optimizer, before)
         if self.resume_from:
             afresh = state.stage_step == 0 and recipe.optimizer_state == "reset"  # it holds the stage before's moments
-            checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)
+            checkpoint.load(self.resume_from, self.root, None if afresh else optimizer, verify=False)
         if recipe.data != self.data_of:
             self.data, self.data_of = self._prepare(recipe), recipe.data
         rows_per_step = self._rows_per_step(recipe)
@@ -241,6 +249,7 @@ class _Run:
             loggers=self.loggers,
             progress=progress,
             began=self.began,
+            saver=self.saver,
         )
         if self.resume_from:
             hooks.saved_step = state.step
@@ -340,10 +349,9 @@ class _Run:
             print(text)
 
 
-def _decided(folder: RunFolder) -> dict[str, Any]:
+def _decided(saved: Path | None) -> dict[str, Any]:
     """What the conversions of a run that goes on found when it began; {} before its first checkpoint."""
-    saved = checkpoint.checkpoints(folder.checkpoints) if folder.resumed else []
-    return worlds.from_main(checkpoint.read_state(saved[-1]).get("decided", {}) if saved else {})
+    return worlds.from_main(checkpoint.read_state(saved).get("decided", {}) if saved else {})
 
 
 def stream_tokens(data) -> int:
