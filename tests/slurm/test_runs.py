@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.test_scripts import SCRIPTS, ended
 from tests.train.test_fit import ROOT, assert_same_run, losses
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 COMMAND = """\
 #!{python}
 # `adapt` of this tree; each step of a stage takes as long as SECONDS says.
@@ -86,7 +86,7 @@ def test_submitted_asked_to_stop_queued_again_gone_on_with_and_the_same(cluster,
     job = run.submit(seconds=0.5, ADAPT_HEALTH="--disk=0.1")
     run.reaches(2)
     cluster.run("scancel", "--signal=USR1", "--batch", job)
-    end = ended(cluster, job, tmp_path, 240)
+    end = ended(cluster, job, tmp_path, 400)
     assert end["JobState"] == "COMPLETED", run.log()
     assert end["Restarts"] == "1"
     assert run.log().count("healthy: 2 rank(s)") == 2
@@ -119,7 +119,7 @@ def test_a_preempted_run(cluster, tmp_path):
     high = ("--nodes=2", "--exclusive", "--partition=high", "--output=other", "--wrap=sleep 1")
     other = cluster.submit(*high, cwd=tmp_path)
     assert ended(cluster, other, tmp_path, 120)["JobState"] == "COMPLETED"
-    assert ended(cluster, job, tmp_path, 240)["JobState"] == "COMPLETED", run.log()
+    assert ended(cluster, job, tmp_path, 400)["JobState"] == "COMPLETED", run.log()
     first, second = history(run.path)
     assert (first["code"], second["code"]) == (75, 0), "saved within KillWait"
     run.is_what_it_would_have_been()
@@ -133,7 +133,7 @@ def test_a_node_that_goes_down(cluster, tmp_path):
     run.reaches(2)
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1", 60)
-    assert ended(cluster, job, tmp_path, 240)["JobState"] == "COMPLETED", run.log()
+    assert ended(cluster, job, tmp_path, 400)["JobState"] == "COMPLETED", run.log()
     assert [attempt["generation"] for attempt in history(run.path)] == [1, 2]
     run.is_what_it_would_have_been()
 
@@ -146,7 +146,7 @@ def test_a_node_that_dies_without_a_word(cluster, tmp_path):
     run.reaches(2)
     cluster.lose("n2")
     cluster.start_node("n2")
-    assert ended(cluster, job, tmp_path, 300)["JobState"] == "COMPLETED", run.log()
+    assert ended(cluster, job, tmp_path, 400)["JobState"] == "COMPLETED", run.log()
     assert "rank 1 (host" in run.log()
     assert "died in step" in run.log()
     assert len(history(run.path)) == 2
@@ -171,11 +171,11 @@ def test_what_is_left_of_an_attempt_writes_nothing_into_the_next_ones_folder(clu
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1", 90)
     for node in cluster.nodes:
         cluster.start_node(node)
-    cluster.until(lambda: len(history(run.path)) == 2, 180, run.log)
+    cluster.until(lambda: len(history(run.path)) == 2, 300, run.log)
     for pid in orphans:
         os.kill(pid, signal.SIGCONT)
     cluster.until(lambda: not any(map(_is_run, orphans)), 120)
-    assert ended(cluster, job, tmp_path, 240)["JobState"] == "COMPLETED", run.log()
+    assert ended(cluster, job, tmp_path, 400)["JobState"] == "COMPLETED", run.log()
     first, second = history(run.path)
     assert first.get("code") != 0
     assert (second["code"], second["from_step"]) == (0, 0)
