@@ -1,0 +1,49 @@
+"""Killed at any moment, the run goes on: kill -9 at random times until it is done, and nothing of it shows.
+
+Start-up (the recipe read, the model built, the step rehearsed), the preparation of the data, steps, evaluations, saves,
+export, samples and report are all hit: each kill is noted with the phase that it came in, and the long loop asks that
+there be some of each. A worker is a fork of a parent that has imported everything, so that there is time for many.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests import tiny
+from tests.faults.killing import KINDS, kill
+from tests.faults.warm import NAMES, Warm
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    with Warm(tmp_path_factory.mktemp("warm")) as parent:
+        yield parent
+
+
+@pytest.fixture
+def dropout_base(tmp_path):
+    return tiny.save_tiny(tmp_path / "base", attention_dropout=0.2)
+
+
+def assert_unharmed(tally) -> None:
+    assert not tally.lost
+    assert not tally.different
+    assert not tally.left
+
+
+def test_killed_at_ten_random_moments(warm, dropout_base, tmp_path):
+    tally = kill(warm, "diffusion", dropout_base, tmp_path, random.Random(0), runs=1, kills=10)
+    assert_unharmed(tally)
+    assert tally.num_kills == 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_a_hundred_random_moments(kind, warm, dropout_base, tmp_path):
+    tally = kill(warm, kind, dropout_base, tmp_path, random.Random(1), runs=14, kills=8)
+    assert_unharmed(tally)
+    assert tally.num_kills >= 100
+    assert set(tally.kills) == set(NAMES), f"not all phases were hit: {tally.kills}"

@@ -1,0 +1,195 @@
+"""A warm parent: it imports what a run needs once, then forks a worker for every attempt and kills it when it is told to.
+
+Started as `python -m tests.faults.warm`; a job is a line of JSON on its stdin, the answer a line on its stdout. It has a
+single thread and does no arithmetic, so that a fork of it is as good as a new process. A worker notes in shared memory
+which phase of the run it is in, and the parent reads there whether the moment to kill it has come.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import mmap
+import os
+import pkgutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PHASES = {
+    "start-up": (),
+    "data": ("adapt.data.prepare.prepare",),
+    "steps": ("lightning.pytorch.Trainer.fit",),
+    "evaluation": ("adapt.train.hooks.Hooks.evaluate",),
+    "save": ("adapt.distributed.checkpoint.save",),
+    "export": ("adapt.train.finish.export",),
+    "samples": ("adapt.train.finish._samples",),
+    "report": ("adapt.train.finish.show_end",),
+}
+"""Phase -> the functions that are it, the innermost that runs; between them, and until the first, it is start-up."""
+NAMES = list(PHASES)
+ENTRY = struct.Struct("qd")
+"""Times a phase was entered, and seconds in it."""
+
+
+class Warm:
+    """The parent, as seen from a test."""
+
+    def __init__(self, folder: Path):
+        self.log = folder / "workers.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.warm", str(self.log)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def attempt(self, recipe: dict[str, Any], cache: Path, aim: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One attempt at the run, killed at `aim` ({phase: nth time it is entered, after: seconds from there}) if it
+        gets there. -> {killed, phase: where, code, spent: phase -> [times, seconds], left: processes it left behind}"""
+        self.process.stdin.write(json.dumps({"recipe": recipe, "cache": str(cache), "aim": aim}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def __enter__(self) -> Warm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Board:
+    """What a worker shows of itself: the phase it is in, and how often and how long it was in each."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 8 + ENTRY.size * len(NAMES))
+
+    @property
+    def phase(self) -> str:
+        return NAMES[self.memory[0]]
+
+    def entry(self, phase: str) -> tuple[int, float]:
+        return ENTRY.unpack_from(self.memory, 8 + ENTRY.size * NAMES.index(phase))
+
+    def clear(self) -> None:
+        self.memory[:] = bytes(len(self.memory))
+        self._add("start-up", 1, 0.0)
+
+    def during(self, phase: str, function: Callable) -> Callable:
+        @wraps(function)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            before, began = self.memory[0], time.monotonic()
+            self._add(phase, 1, 0.0)
+            self.memory[0] = NAMES.index(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.memory[0] = before
+                self._add(phase, 0, time.monotonic() - began)
+
+        return marked
+
+    def _add(self, phase: str, times: int, seconds: float) -> None:
+        before = self.entry(phase)
+        ENTRY.pack_into(self.memory, 8 + ENTRY.size * NAMES.index(phase), before[0] + times, before[1] + seconds)
+
+
+def main(log: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    board, names = Board(), Path(log).with_name("modules.json")
+    for phase, targets in PHASES.items():
+        for target in targets:
+            owner, _, name = target.rpartition(".")
+            holder = pkgutil.resolve_name(owner)
+            setattr(holder, name, board.during(phase, getattr(holder, name)))
+    for line in sys.stdin:
+        job = json.loads(line)
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads == 1, f"a process of {threads} threads is not safely forked"
+        board.clear()
+        worker = os.fork()
+        if worker == 0:
+            work(job, log, names)
+        print(json.dumps(watch(worker, board, job["aim"])), flush=True)
+        if names.exists():  # what the first worker imported, the next ones find here
+            for name in json.loads(names.read_text()):
+                with suppress(ImportError):  # made up by a library, not imported
+                    importlib.import_module(name)
+            names.unlink()
+
+
+def work(job: dict[str, Any], log: str, names: Path) -> None:
+    """The worker. Never returns."""
+    from adapt.cli import main as adapt
+
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(out, number)
+    os.environ["ADAPT_CACHE"] = job["cache"]
+    before = set(sys.modules)
+    path = Path(log).with_name("recipe.yaml")
+    path.write_text(json.dumps(job["recipe"]))  # JSON is YAML
+    code = adapt(["fit", "-c", str(path), "--resume=auto"])
+    if job["aim"] is None and not before & {"matplotlib"}:
+        names.write_text(json.dumps(sorted(set(sys.modules) - before)))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def watch(worker: int, board: Board, aim: dict[str, Any] | None) -> dict[str, Any]:
+    began, phase, reached = time.monotonic(), "", None
+    while True:
+        ended, status = os.waitpid(worker, os.WNOHANG)
+        if ended:
+            code, killed = os.waitstatus_to_exitcode(status), False
+            break
+        if aim is not None:
+            if reached is None and board.entry(aim["phase"])[0] >= aim["nth"]:
+                reached = time.monotonic()
+            if reached is not None and time.monotonic() - reached >= aim["after"]:
+                phase = board.phase
+                os.kill(worker, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+                killed = code == -signal.SIGKILL
+                break
+        time.sleep(0.0005)
+    spent = {name: board.entry(name) for name in NAMES}
+    spent["start-up"] = (1, time.monotonic() - began)
+    return {"killed": killed, "phase": phase, "code": code, "spent": spent, "left": left_behind(worker)}
+
+
+def left_behind(session: int) -> int:
+    """Processes of the worker that are still there a while after it."""
+    until = time.monotonic() + 5
+    while True:
+        left = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            left += int(of) == session and state != "Z"
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
