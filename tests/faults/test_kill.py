@@ -13,13 +13,7 @@ import pytest
 
 from tests import tiny
 from tests.faults.killing import KINDS, kill
-from tests.faults.warm import NAMES, Warm
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    with Warm(tmp_path_factory.mktemp("warm")) as parent:
-        yield parent
+from tests.faults.warm import NAMES
 
 
 @pytest.fixture
