@@ -258,6 +258,10 @@ class Evaluation:
 class Checkpoint:
     every: int | None = None
     """Steps between checkpoints; null: only at the end of a stage and when stopped."""
+    every_minutes: float | None = None
+    """Minutes between checkpoints, with or without `every`; null: by steps alone."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; holds a copy of weights and optimizer state in the host's memory."""
     keep: int = 2
     """How many of the newest to keep (the best one is kept besides)."""
 

@@ -1,7 +1,7 @@
 """A run's own checkpoints: torch.distributed.checkpoint, whole or not there at all, loadable on any number of ranks.
 
-A checkpoint is a folder `step-N` with the sharded tensors and `state.json` (the numbers). It is written under another
-name and renamed when complete on all ranks. Only tensors go through DCP, so nothing in it needs unpickling but DCP's
+A checkpoint is a folder `step-N` with the sharded tensors, `state.json` (the numbers) and the sums of its files. It is
+written under another name and renamed when complete on all ranks. Only tensors go through DCP, so nothing in it needs unpickling but DCP's
 own index, which is read through an allow-list.
 """
 
@@ -12,21 +12,49 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from adapt.distributed.world import World
+from adapt.distributed.checksums import SummingWriter, damage_of, put, put_sums, sync_folder
+from adapt.distributed.world import World, together
 from adapt.errors import UserError
 from adapt.optim.suite import algorithms, restart
 
 STATE = "state.json"
 ALGORITHMS = "optimizer.json"
 """Which algorithm has made each parameter's state: two of them may well use the same keys."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint about to be written."""
+
+    final: Path
+    step: int
+    tensors: dict[str, torch.Tensor]
+    texts: dict[str, str]
+    """File -> what rank 0 writes into it."""
+
+
+def draft(
+    folder: Path,
+    step: int,
+    root: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    name: str | None = None,
+) -> Draft:
+    """`folder/step-<step>`, or `folder/<name>`, which is never pruned. Its tensors are those that train."""
+    texts = {ALGORITHMS: json.dumps(algorithms(root, optimizer), indent=1), STATE: json.dumps(state, indent=1)}
+    return Draft(folder / (name or f"step-{step}"), step, _tensors(root, optimizer), texts)
 
 
 def save(
@@ -38,37 +66,49 @@ def save(
     world: World,
     name: str | None = None,
 ) -> Path:
-    """Write `folder/step-<step>` (or `folder/<name>`, which is never pruned) from all ranks. Raises UserError (disk full, read-only) with the old ones intact."""
-    final = folder / (name or f"step-{step}")
-    partial = folder / f".partial-{final.name}"
-    error = ""
-    if world.main:
-        shutil.rmtree(partial, ignore_errors=True)
-    world.barrier()
+    """Draft and write while everything waits (adapt.distributed.saver: while training goes on)."""
+    return write(draft(folder, step, root, optimizer, state, name), world)
+
+
+def write(
+    made: Draft, world: World, group: dist.ProcessGroup | None = None, then: Callable[[], None] = lambda: None
+) -> Path:
+    """From all ranks, which agree over `group`; rank 0 does `then` at the end. Raises UserError (disk full, read-only) on
+    all of them, with the checkpoints before it intact."""
+    partial = made.final.with_name(f".partial-{made.final.name}")
+
+    def write_share() -> dict[str, str]:
+        writer = SummingWriter(partial)
+        dcp.save(made.tensors, storage_writer=writer, process_group=group, no_dist=not world.grouped)
+        texts = made.texts if world.main else {}
+        return writer.sums | {name: put(partial / name, text) for name, text in texts.items()}
+
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        dcp.save(_tensors(root, optimizer), checkpoint_id=str(partial), no_dist=not world.grouped)
-        if world.main:
-            _write(partial / ALGORITHMS, json.dumps(algorithms(root, optimizer), indent=1))
-            _write(partial / STATE, json.dumps(state, indent=1))
+        together(lambda: shutil.rmtree(partial, ignore_errors=True) if world.main else None, group)
+        shares = together(write_share, group)
+        together(lambda: _finish(partial, made.final, shares, then) if world.main else None, group)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:
-        error = str(failure)
-    if world.sum([int(bool(error))])[0]:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error or 'another rank failed'}\n"
+            f"the checkpoint of step {made.step} could not be written to {made.final.parent}: {failure}\n"
             f"The checkpoints before it are intact. Make room (or point run.dir elsewhere) and go on with --resume."
-        )
-    if world.main:
-        replaced = folder / f".replaced-{final.name}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # moved aside, not deleted: between any two of these lines one of them is whole
-            os.replace(final, replaced)
-        os.replace(partial, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    world.barrier()
-    return final
+        ) from None
+    return made.final
+
+
+def _finish(partial: Path, final: Path, shares: list[dict[str, str]], then: Callable[[], None]) -> None:
+    """Rank 0, when all is written: the one place where a checkpoint comes to be."""
+    put_sums(partial, {name: digest for share in shares for name, digest in share.items()})
+    sync_folder(partial)
+    replaced = final.with_name(f".replaced-{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # moved aside, not deleted: between any two of these lines one of them is whole
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    then()
 
 
 def recover(folder: Path) -> None:
@@ -83,8 +123,11 @@ def recover(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fill model and optimizer from a checkpoint of any world size."""
+def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None, *, verify: bool = True) -> None:
+    """Fill model and optimizer from a checkpoint of any world size. Nothing is touched before its files were verified
+    (`adapt.distributed.healthy.newest` has done so already). Collective. Raises UserError where they are damaged."""
+    if verify and (wrong := damage_of(path)):
+        raise UserError(f"checkpoint {path} is damaged: {wrong}. Bring it back from a copy, or go on without it.")
     reader = _Reader(str(path))
     try:
         saved = reader.read_metadata().state_dict_metadata
@@ -98,7 +141,7 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None) -
         tensors = {n: t for n, t in tensors.items() if n not in thawed}
         if optimizer is not None:
             _refuse_another(path, root, optimizer, tensors, saved)
-        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (
         dcp.api.CheckpointException,
         OSError,
@@ -180,13 +223,6 @@ def _tensors(
         for name, entries in get_optimizer_state_dict(root, optimizer)["state"].items():
             tensors |= {f"optimizer/{name}/{key}": value for key, value in entries.items()}
     return tensors
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 _ALLOWED = {

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,26 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What `work` returns on every rank (something small that can be pickled), when all are done. Where any of them fails,
+    all do: with the error itself on its own rank, with a RuntimeError that quotes it on the others. Collective."""
+    try:
+        mine: tuple[Any, Exception | None] = work(), None
+    except Exception as error:
+        mine = None, error
+    if not dist.is_initialized():
+        told = [(mine[0], mine[1] and str(mine[1]))]
+    else:
+        told = [(None, None)] * dist.get_world_size(group)
+        dist.all_gather_object(told, (mine[0], mine[1] and f"rank {dist.get_rank()}: {mine[1]}"), group)
+    if mine[1] is not None:
+        raise mine[1]
+    for _, error in told:
+        if error is not None:
+            raise RuntimeError(error)
+    return [result for result, _ in told]
 
 
 def start(devices: int | str) -> World:

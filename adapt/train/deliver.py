@@ -9,7 +9,7 @@ import torch
 
 from adapt.config import Recipe, Resolved
 from adapt.console import printable
-from adapt.distributed import checkpoint
+from adapt.distributed import checkpoint, healthy
 from adapt.distributed.world import World
 from adapt.errors import UserError
 from adapt.objectives.base import Objective
@@ -58,24 +58,26 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
 
     folder = RunFolder.open(Path(run_dir))
     resolved = folder.resolved()
-    saved = checkpoint.checkpoints(folder.checkpoints)
+    saved, damaged = healthy.newest(folder.checkpoints)
     if not saved:
         raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
+    for path, wrong in damaged.items():
+        print(f"warning: checkpoint {path.name} is damaged ({wrong}); exporting {saved.name} instead")
     recipe = resolved.stages[-1]
     if dtype is not None:
         recipe = replace(recipe, export=replace(recipe.export, dtype=dtype))
         resolved = Resolved((recipe,), resolved.names[-1:], resolved.plain)
     tokenizer = load_tokenizer(recipe)
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    state = State.from_dict(checkpoint.read_state(saved[-1]))
+    state = State.from_dict(checkpoint.read_state(saved))
     root = build_root(recipe, tokenizer, world, state.decided)
     facts = facts_of(recipe, root.student, tokenizer)
-    checkpoint.load(saved[-1], root, None)
+    checkpoint.load(saved, root, None, verify=False)
     results = dict(state.results)
     found = read_sweep(folder)
-    if done := interpolate.redo(folder, recipe.export.interpolation, saved[-1], found, root):
+    if done := interpolate.redo(folder, recipe.export.interpolation, saved, found, root):
         print(f"exporting {done}")
-        if found.get("of") == saved[-1].name:
+        if found.get("of") == saved.name:
             results |= {"interpolation": found, "after": interpolate.taken(found)}
     model = whole_student(recipe, tokenizer, root, world)
     fields = decoding_fields(recipe, recipe.objective.build(facts))

@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from adapt.config import Resolved
 from adapt.config.schema import Recipe
 from adapt.console import PrintableFormatter, printable
 from adapt.conversion.base import planned_tokenizer
-from adapt.distributed import checkpoint
+from adapt.distributed import checkpoint, healthy
 from adapt.distributed import world as worlds
+from adapt.distributed.saver import Saver
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, UserError
 from adapt.optim.following import Following
@@ -57,8 +59,8 @@ def fit(resolved: Resolved, resume: str = "no") -> int:
     try:
         folder = worlds.on_main(world, lambda: RunFolder.create(resolved, resume))
         folder = folder or RunFolder.follow(resolved, resume)
-        with StopFlag() as flag, deterministic(exact):
-            _Run(resolved, folder, world, flag, began).go()
+        with StopFlag() as flag, deterministic(exact), Saver(world) as saver:
+            _Run(resolved, folder, world, flag, began, saver).go()
     finally:
         worlds.stop()
     return 0
@@ -67,12 +69,14 @@ def fit(resolved: Resolved, resume: str = "no") -> int:
 class _Run:
     """The objects of one run that live across its stages."""
 
-    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float):
+    def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float, saver: Saver):
+        self.saver = saver
         self.resolved, self.folder, self.world, self.flag, self.began = resolved, folder, world, flag, began
         recipe = resolved.recipe
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
-        decided = _decided(folder)
+        self.resume_from = self._newest()
+        decided = _decided(self.resume_from)
         self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, decided), None
         self.facts = facts_of(recipe, self.root.student, self.tokenizer)
         self.state = State()
@@ -80,8 +84,6 @@ class _Run:
             folder.begin(resolved)  # nothing is left behind by a start that failed before this
             checkpoint.recover(folder.checkpoints)
         world.barrier()
-        saved = checkpoint.checkpoints(folder.checkpoints)
-        self.resume_from = saved[-1] if folder.resumed and saved else None
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
         self.state.decided = decided
@@ -92,6 +94,13 @@ class _Run:
             self.loggers = build_loggers(recipe, folder.path, self.state.step if folder.resumed else 0)
         for where, answer in decided.items():
             self.say(f"{where}: {answer['text']}")
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from. Collective."""
+        if not worlds.from_main(self.folder.resumed):
+            return None
+        worlds.on_main(self.world, lambda: checkpoint.recover(self.folder.checkpoints))
+        return healthy.take_newest(self.folder.checkpoints, self.world, self.say)
 
     def _prepare(self, recipe: Recipe):
         """Rank 0 prepares the shards, the others find them ready."""
@@ -110,7 +119,7 @@ class _Run:
             state.finished = ""
         if state.finished:
             self.say(f"all {len(stages)} stage(s) were done before; exporting again")
-            checkpoint.load(self.resume_from, self.root, None)
+            checkpoint.load(self.resume_from, self.root, None, verify=False)
         hooks = None
         while not state.finished:
             hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
@@ -141,7 +150,7 @@ class _Run:
             adopt(optimizer, before)
         if self.resume_from:
             afresh = state.stage_step == 0 and recipe.optimizer_state == "reset"  # it holds the stage before's moments
-            checkpoint.load(self.resume_from, self.root, None if afresh else optimizer)
+            checkpoint.load(self.resume_from, self.root, None if afresh else optimizer, verify=False)
         if recipe.data != self.data_of:
             self.data, self.data_of = self._prepare(recipe), recipe.data
         rows_per_step = self._rows_per_step(recipe)
@@ -170,6 +179,7 @@ class _Run:
             loggers=self.loggers,
             progress=progress,
             began=self.began,
+            saver=self.saver,
         )
         if self.resume_from:
             hooks.saved_step = state.step
@@ -334,10 +344,9 @@ class _Run:
             print(printable(text))
 
 
-def _decided(folder: RunFolder) -> dict[str, Any]:
+def _decided(saved: Path | None) -> dict[str, Any]:
     """What the conversions of a run that goes on found when it began; {} before its first checkpoint."""
-    saved = checkpoint.checkpoints(folder.checkpoints) if folder.resumed else []
-    return worlds.from_main(checkpoint.read_state(saved[-1]).get("decided", {}) if saved else {})
+    return worlds.from_main(checkpoint.read_state(saved).get("decided", {}) if saved else {})
 
 
 def stream_tokens(data) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from adapt.config.schema import Recipe
-from adapt.distributed import checkpoint
+from adapt.distributed import checkpoint, healthy
+from adapt.distributed.saver import Saver
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
 from adapt.optim.suite import restart
@@ -39,13 +40,14 @@ class Hooks:
         loggers: list[Any],
         progress: Progress | None,
         began: float,
+        saver: Saver,
     ):
         """`began`: when the process took up the run, on the monotonic clock; `trainer.max_time` counts from there."""
         self.recipe, self.folder, self.state, self.world, self.flag = recipe, folder, state, world, flag
         self.root, self.optimizer, self.measure, self.observe = root, optimizer, measure, observe
         self.loggers, self.progress = loggers, progress
         self.deadline = began + seconds(recipe.trainer.max_time) if recipe.trainer.max_time else math.inf
-        self.saved_step = -1
+        self.saver, self.saved_step, self.saved_at = saver, -1, time.monotonic()
         self.ended_by_rule = ""
 
     def log(self, values: dict[str, float]) -> None:
@@ -74,15 +76,22 @@ class Hooks:
             self.flag.reason = f"trainer.max_time={self.recipe.trainer.max_time}"
         return bool(self.flag.reason)
 
-    def after_step(self, stage: Any) -> None:
+    def wants_save(self) -> bool:
+        """Whether this rank's clock says so (or has seen a save fail); the ranks agree on it within the step."""
+        minutes = self.recipe.checkpoint.every_minutes
+        return self.saver.failed or (minutes is not None and time.monotonic() > self.saved_at + 60 * minutes)
+
+    def after_step(self, stage: Any, *, save: bool) -> None:
         recipe, state = self.recipe, self.state
         last = state.stage_step >= stage.total_steps
         if recipe.evaluation.every and state.stage_step % recipe.evaluation.every == 0 and not last:
             self.evaluate()
             if self.ended_by_rule:
                 stage.trainer.should_stop = True
-        if recipe.checkpoint.every and state.stage_step % recipe.checkpoint.every == 0 and not last:
-            self.save()
+        every = recipe.checkpoint.every
+        if (save or (every and state.stage_step % every == 0)) and not last:
+            self.save(wait=not recipe.checkpoint.asynchronous)
+        self._tell_saved()
 
     def evaluate(self) -> dict[str, float]:
         """Run the suites, log them, keep the best, apply the stop rules. Collective."""
@@ -110,7 +119,7 @@ class Hooks:
         self._require("evaluation.best", metric, results)
         if self.state.best is None or results[metric] < self.state.best:
             self.state.best, self.state.best_step = results[metric], self.state.step
-            self.save()
+            self.save(wait=not self.recipe.checkpoint.asynchronous)
 
     def _apply_rules(self, results: dict[str, float]) -> None:
         for rule in self.recipe.evaluation.stop:
@@ -136,24 +145,28 @@ class Hooks:
                 Problem(key, f"no suite measures {metric!r}; this run measures {', '.join(sorted(results))}")
             )
 
-    def save(self) -> None:
-        """Checkpoint this step (once), then prune. Collective."""
-        if self.saved_step == self.state.step:
-            return
-        started = time.perf_counter()
-        path = checkpoint.save(
-            self.folder.checkpoints,
-            self.state.step,
-            self.root,
-            self.optimizer,
-            self.state.to_dict(),
-            self.world,
-        )
-        self.saved_step = self.state.step
-        if self.world.main:
-            best = {f"step-{self.state.best_step}"} if self.state.best_step is not None else set()
-            checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, best)
-        self.note(f"checkpoint {path.name} saved in {time.perf_counter() - started:.1f} s")
+    def save(self, *, wait: bool = True) -> None:
+        """Checkpoint this step (once), then prune. Without `wait`, training may go on before it is there. Collective."""
+        if self.saved_step != self.state.step:
+            keep, best = self.recipe.checkpoint.keep, self.state.best_step
+            kept = {f"step-{best}"} if best is not None else set()
+            self.saver.save(
+                self.folder.checkpoints,
+                self.state.step,
+                self.root,
+                self.optimizer,
+                self.state.to_dict(),
+                wait=wait,
+                then=lambda: checkpoint.prune(self.folder.checkpoints, keep, kept),
+            )
+            self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        if wait:
+            self.saver.finish()
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        for line in self.saver.news():
+            self.note(line)
 
     def non_finite(self, stage: Any, result: Any) -> bool:
         """Apply `trainer.non_finite`. The weights have not been touched. Returns whether the run was rewound."""
@@ -174,10 +187,12 @@ class Hooks:
         if policy == "skip":
             self.note(f"{where}: update skipped ({state.non_finite} so far)")
             return False
-        saved = checkpoint.checkpoints(self.folder.checkpoints)
+        self.saver.finish()
+        self._tell_saved()
+        saved = healthy.take_newest(self.folder.checkpoints, self.world, self.note)
         if not saved:
             raise UserError(f"{where}, and there is no checkpoint to rewind to; set checkpoint.every")
-        before = State.from_dict(checkpoint.read_state(saved[-1]))
+        before = State.from_dict(checkpoint.read_state(saved))
         if before.stage != state.stage:
             raise UserError(f"{where}, and the last checkpoint is of the stage before; set checkpoint.every")
         afresh = (
@@ -185,11 +200,11 @@ class Hooks:
         )  # it holds the stage before's moments
         if afresh:
             restart(self.optimizer)
-        checkpoint.load(saved[-1], self.root, None if afresh else self.optimizer)
+        checkpoint.load(saved, self.root, None if afresh else self.optimizer, verify=False)
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip
         state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens
-        self.note(f"{where}: rewound to {saved[-1].name}, leaving out {skip} steps of data")
+        self.note(f"{where}: rewound to {saved.name}, leaving out {skip} steps of data")
         return True
 
 

@@ -93,6 +93,7 @@ class Stage(L.LightningModule):
             backward=self.manual_backward,
             clear=self.frozen.clear,
             stop=self.hooks.wants_stop(),
+            save=self.hooks.wants_save(),
         )
         rewound = False
         if result.finite:
@@ -109,7 +110,7 @@ class Stage(L.LightningModule):
         if (state.step % self.recipe.logging.every == 0 or state.stage_step == self.total_steps) and not rewound:
             self._log(result, hyper)
         if not rewound:
-            self.hooks.after_step(self)
+            self.hooks.after_step(self, save=result.save)
         if result.stop or state.stage_step >= self.total_steps:
             self.trainer.should_stop = True
 

@@ -232,7 +232,11 @@ AT_LEAST = {
     "logging.every": (1, ""),
     "generation.max_new_tokens": (1, ""),
 }
-ABOVE_ZERO = {"trainer.clip": "null turns clipping off", "trainable.lora.alpha": "twice the rank is usual"}
+ABOVE_ZERO = {
+    "trainer.clip": "null turns clipping off",
+    "trainable.lora.alpha": "twice the rank is usual",
+    "checkpoint.every_minutes": "null: by steps alone",
+}
 
 
 def _ranges(recipe: Recipe) -> Iterator[Problem]:

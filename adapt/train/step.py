@@ -31,6 +31,8 @@ class StepResult:
     info: dict[str, float]
     stop: bool
     """Whether any rank was asked to stop."""
+    save: bool
+    """Whether any rank wants a checkpoint behind this step."""
 
 
 def gradients(
@@ -46,6 +48,7 @@ def gradients(
     backward: Callable[[Tensor], None] = Tensor.backward,
     clear: Callable[[], None] = lambda: None,
     stop: bool = False,
+    save: bool = False,
 ) -> StepResult:
     """Leave the clipped gradients of one step in the parameters. `batch` is this rank's share of the step; `clear`
     takes out what is no gradient of this stage, before the norm."""
@@ -55,7 +58,7 @@ def gradients(
     terms = [[p.terms[n] for p in prepared] for n in names]
     local = [sum(t.count for t in term) for term in terms]
     shown = [sum(t.count if t.targets is None else t.targets for t in term) for term in terms]
-    *counts, stopping = world.sum([*local, *shown, int(stop)])
+    *counts, stopping, saving = world.sum([*local, *shown, int(stop), int(save)])
     totals = dict(zip(names, counts[: len(names)], strict=True))
     targets = dict(zip(names, counts[len(names) :], strict=True))
     weights = {n: prepared[0].terms[n].weight for n in names}
@@ -74,7 +77,7 @@ def gradients(
     finite = torch.isfinite(whole).all() & torch.isfinite(norm)
     info = {k: sum(p.info[k] for p in prepared) / len(prepared) for k in prepared[0].info}
     sums = dict(zip(names, whole, strict=True))
-    return StepResult(sums, totals, targets, weights, norm, bool(finite), info, bool(stopping))
+    return StepResult(sums, totals, targets, weights, norm, bool(finite), info, bool(stopping), bool(saving))
 
 
 def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:

@@ -45,12 +45,13 @@ class Tally:
 
 
 def diffusion(folder: Path) -> dict[str, Any]:
-    """Growing blocks; sampling from dropout and noise that depend on the step."""
+    """Growing blocks, noise and dropout that depend on the step; checkpoints are written while it trains on."""
     return {}
 
 
 def mixed(folder: Path) -> dict[str, Any]:
-    """Two sources whose weights change, prepared by two workers, packed by best fit, inputs masked at a rising ratio."""
+    """Two sources whose weights change, prepared by two workers, packed by best fit, inputs masked at a rising ratio;
+    training waits for its checkpoints."""
     old, new = (
         {
             "source": {"name": "jsonl", "path": str(corpus(folder, 60, seed=i))},
@@ -64,6 +65,7 @@ def mixed(folder: Path) -> dict[str, Any]:
         "data": {"train": train, "packing": "best_fit", "workers": 2},
         "objective": {"name": "meap", "ratio": 0.3, "ratio_schedule": {"start": 0.0, "warmup_frac": 0.5}},
         "generation": {"samplers": ["ar"]},
+        "checkpoint": {"asynchronous": False},
         "evaluation": {"suites": ["bpb"]},
     }
 
@@ -73,7 +75,7 @@ KINDS = {"diffusion": diffusion, "mixed": mixed}
 
 def recipe_of(kind: str, base: Path, folder: Path, name: str) -> dict[str, Any]:
     over: dict[str, Any] = {
-        "trainer": {"steps": 16, "batch_tokens": 256, "microbatch": 2},
+        "trainer": {"steps": 12, "batch_tokens": 256, "microbatch": 2},
         "checkpoint": {"every": 2, "keep": 2},
         "evaluation": {"every": 4, "limit": 1, "suites": ["bpb", "masked_ce"], "best": "bpb/held-out"},
         "generation": {"max_new_tokens": 4},

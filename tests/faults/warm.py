@@ -29,12 +29,13 @@ PHASES = {
     "data": ("adapt.data.prepare.prepare",),
     "steps": ("lightning.pytorch.Trainer.fit",),
     "evaluation": ("adapt.train.hooks.Hooks.evaluate",),
-    "save": ("adapt.distributed.checkpoint.save",),
+    "save": ("adapt.distributed.saver.write",),
     "export": ("adapt.train.finish.export",),
     "samples": ("adapt.train.finish._samples",),
     "report": ("adapt.train.finish.show_end",),
 }
-"""Phase -> the functions that are it, the innermost that runs; between them, and until the first, it is start-up."""
+"""Phase -> the functions that are it, the innermost that runs; between them, and until the first, it is start-up. While a
+checkpoint is written it is that, whatever else goes on."""
 NAMES = list(PHASES)
 ENTRY = struct.Struct("qd")
 """Times a phase was entered, and seconds in it."""
@@ -80,7 +81,7 @@ class Board:
 
     @property
     def phase(self) -> str:
-        return NAMES[self.memory[0]]
+        return "save" if self.memory[1] else NAMES[self.memory[0]]
 
     def entry(self, phase: str) -> tuple[int, float]:
         return ENTRY.unpack_from(self.memory, 8 + ENTRY.size * NAMES.index(phase))
@@ -92,13 +93,14 @@ class Board:
     def during(self, phase: str, function: Callable) -> Callable:
         @wraps(function)
         def marked(*args: Any, **kwargs: Any) -> Any:
-            before, began = self.memory[0], time.monotonic()
+            place = 1 if phase == "save" else 0  # that may be on a thread of its own
+            before, began = self.memory[place], time.monotonic()
+            self.memory[place] = NAMES.index(phase)
             self._add(phase, 1, 0.0)
-            self.memory[0] = NAMES.index(phase)
             try:
                 return function(*args, **kwargs)
             finally:
-                self.memory[0] = before
+                self.memory[place] = before
                 self._add(phase, 0, time.monotonic() - began)
 
         return marked
