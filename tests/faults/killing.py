@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ class Tally:
     left: list[str] = field(default_factory=list)
     """Files and processes that a killed attempt left for good."""
 
-    def add(self, other: Tally) -> None:
-        self.kills += other.kills
-        self.runs += other.runs
-        self.lost += other.lost
-        self.different += other.different
-        self.left += other.left
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.kills + other.kills,
+            self.runs + other.runs,
+            self.lost + other.lost,
+            self.different + other.different,
+            self.left + other.left,
+        )
 
     @property
     def num_kills(self) -> int:
@@ -85,23 +88,23 @@ def recipe_of(kind: str, base: Path, folder: Path, name: str) -> dict[str, Any]:
     return tiny_recipe(base, folder, run={"name": name}, **over)
 
 
-def kill(warm: Warm, kind: str, base: Path, folder: Path, rng: random.Random, *, runs: int, kills: int) -> Tally:
-    """`runs` runs of a kind, each killed at `kills` random moments, against a straight one."""
-    straight = warm.attempt(recipe_of(kind, base, folder, "straight"), folder / "cache-straight")
+def kill(
+    warm: Warm, kind: str, base: Path, folder: Path, rng: random.Random, *, runs: int, kills: int
+) -> Iterator[Tally]:
+    """`runs` runs of a kind, each killed at `kills` random moments and compared with a straight one."""
+    recipe, again = (recipe_of(kind, base, folder, f"{kind}-{name}") for name in ("straight", "again"))
+    straight = warm.attempt(recipe, folder / "cache-straight")
     assert straight["code"] == 0, warm.log.read_text()
-    straight = warm.attempt(recipe_of(kind, base, folder, "again"), folder / "cache-again")  # warm: how long it takes
-    tally = Tally()
-    if different := _differences(folder / "runs" / "again", folder / "runs" / "straight"):
-        tally.different += [f"again: {different}"]
+    spent = warm.attempt(again, folder / "cache-again")["spent"]  # the parent is warm now
+    assert not (found := _differences(folder / "runs" / f"{kind}-again", folder / "runs" / f"{kind}-straight")), found
     for number in range(runs):
-        name = f"{kind}-{number}"
-        tally.add(_kill_one(warm, recipe_of(kind, base, folder, name), folder, name, straight["spent"], rng, kills))
-    return tally
+        yield _kill_one(warm, kind, recipe_of(kind, base, folder, f"{kind}-{number}"), folder, spent, rng, kills)
 
 
 def _kill_one(
-    warm: Warm, recipe: dict[str, Any], folder: Path, name: str, spent: dict, rng: random.Random, kills: int
+    warm: Warm, kind: str, recipe: dict[str, Any], folder: Path, spent: dict, rng: random.Random, kills: int
 ) -> Tally:
+    name = recipe["run"]["name"]
     tally, run, over = Tally(runs=1), folder / "runs" / name, False
     aims = sorted(
         rng.choices(AIMS, k=kills), key=lambda aim: aim in LATE
@@ -121,7 +124,7 @@ def _kill_one(
     if end["code"] != 0:
         tally.lost.append(f"{name} ended with {end['code']}:\n{warm.log.read_text()[-3000:]}")
         return tally
-    if different := _differences(run, folder / "runs" / "straight"):
+    if different := _differences(run, folder / "runs" / f"{kind}-straight"):
         tally.different.append(f"{name}: {different}")
     left = [p for p in run.rglob("*") if ".partial" in p.name or ".replaced" in p.name or p.name.endswith(".new")]
     tally.left += [f"{name}: {path.relative_to(run)}" for path in left]
