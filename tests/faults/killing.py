@@ -94,9 +94,9 @@ def kill(
     """`runs` runs of a kind, each killed at `kills` random moments and compared with a straight one."""
     recipe, again = (recipe_of(kind, base, folder, f"{kind}-{name}") for name in ("straight", "again"))
     straight = warm.attempt(recipe, folder / "cache-straight")
-    assert straight["code"] == 0, warm.log.read_text()
+    assert straight["code"] == 0, straight["said"]
     spent = warm.attempt(again, folder / "cache-again")["spent"]  # the parent is warm now
-    assert not (found := _differences(folder / "runs" / f"{kind}-again", folder / "runs" / f"{kind}-straight")), found
+    assert not (found := differences(folder / "runs" / f"{kind}-again", folder / "runs" / f"{kind}-straight")), found
     for number in range(runs):
         yield _kill_one(warm, kind, recipe_of(kind, base, folder, f"{kind}-{number}"), folder, spent, rng, kills)
 
@@ -122,9 +122,9 @@ def _kill_one(
             break
     end = warm.attempt(recipe, folder / f"cache-{name}")
     if end["code"] != 0:
-        tally.lost.append(f"{name} ended with {end['code']}:\n{warm.log.read_text()[-3000:]}")
+        tally.lost.append(f"{name} ended with {end['code']}:\n{end['said']}")
         return tally
-    if different := _differences(run, folder / "runs" / f"{kind}-straight"):
+    if different := differences(run, folder / "runs" / f"{kind}-straight"):
         tally.different.append(f"{name}: {different}")
     left = [p for p in run.rglob("*") if ".partial" in p.name or ".replaced" in p.name or p.name.endswith(".new")]
     tally.left += [f"{name}: {path.relative_to(run)}" for path in left]
@@ -141,7 +141,7 @@ def _moment(wanted: str, spent: dict[str, tuple[int, float]], rng: random.Random
     return {"phase": phase, "nth": rng.randint(1, min(times, 3)), "after": rng.uniform(0, once)}
 
 
-def _differences(run: Path, straight: Path) -> str:
+def differences(run: Path, straight: Path) -> str:
     """What of a run is not as in the straight one: losses by step, tensors of the export, bit for bit."""
     a, b = losses(run), losses(straight)
     wrong = [f"loss of step {s}" for s in sorted(a.keys() | b.keys()) if a.get(s) != b.get(s)]

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import pkgutil
+import resource
 import signal
 import struct
 import subprocess
@@ -45,9 +46,8 @@ class Warm:
     """The parent, as seen from a test."""
 
     def __init__(self, folder: Path):
-        self.log = folder / "workers.txt"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.warm", str(self.log)],
+            [sys.executable, "-m", "tests.faults.warm", str(folder)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"},
             stdin=subprocess.PIPE,
@@ -55,10 +55,12 @@ class Warm:
             text=True,
         )
 
-    def attempt(self, recipe: dict[str, Any], cache: Path, aim: dict[str, Any] | None = None) -> dict[str, Any]:
+    def attempt(self, recipe: dict[str, Any], cache: Path, aim: dict[str, Any] | None = None, **limits: int) -> dict:
         """One attempt at the run, killed at `aim` ({phase: nth time it is entered, after: seconds from there}) if it
-        gets there. -> {killed, phase: where, code, spent: phase -> [times, seconds], left: processes it left behind}"""
-        self.process.stdin.write(json.dumps({"recipe": recipe, "cache": str(cache), "aim": aim}) + "\n")
+        gets there. `limits`: max_file, bytes that any file may have; user, the number of whom it runs as.
+        -> {killed, phase: where, code, said, spent: phase -> [times, seconds], left: processes it left behind}"""
+        job = {"recipe": recipe, "cache": str(cache), "aim": aim, **limits}
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -110,11 +112,11 @@ class Board:
         ENTRY.pack_into(self.memory, 8 + ENTRY.size * NAMES.index(phase), before[0] + times, before[1] + seconds)
 
 
-def main(log: str) -> None:
+def main(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    board, names = Board(), Path(log).with_name("modules.json")
+    board, names = Board(), folder / "modules.json"
     for phase, targets in PHASES.items():
         for target in targets:
             owner, _, name = target.rpartition(".")
@@ -122,13 +124,16 @@ def main(log: str) -> None:
             setattr(holder, name, board.during(phase, getattr(holder, name)))
     for line in sys.stdin:
         job = json.loads(line)
+        (folder / "recipe.yaml").write_text(json.dumps(job["recipe"]))  # JSON is YAML
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, f"a process of {threads} threads is not safely forked"
         board.clear()
+        heard, says = os.pipe()
         worker = os.fork()
         if worker == 0:
-            work(job, log, names)
-        print(json.dumps(watch(worker, board, job["aim"])), flush=True)
+            work(job, folder, says)
+        os.close(says)
+        print(json.dumps(watch(worker, board, job["aim"], heard)), flush=True)
         if names.exists():  # what the first worker imported, the next ones find here
             for name in json.loads(names.read_text()):
                 with suppress(ImportError):  # made up by a library, not imported
@@ -136,29 +141,35 @@ def main(log: str) -> None:
             names.unlink()
 
 
-def work(job: dict[str, Any], log: str, names: Path) -> None:
+def work(job: dict[str, Any], folder: Path, says: int) -> None:
     """The worker. Never returns."""
     from adapt.cli import main as adapt
 
     os.setsid()
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
-        os.dup2(out, number)
+        os.dup2(says, number)
+    os.close(says)
     os.environ["ADAPT_CACHE"] = job["cache"]
+    if "max_file" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file"], job["max_file"]))
+    if "user" in job:
+        os.setresuid(job["user"], job["user"], job["user"])
     before = set(sys.modules)
-    path = Path(log).with_name("recipe.yaml")
-    path.write_text(json.dumps(job["recipe"]))  # JSON is YAML
-    code = adapt(["fit", "-c", str(path), "--resume=auto"])
-    if job["aim"] is None and not before & {"matplotlib"}:
-        names.write_text(json.dumps(sorted(set(sys.modules) - before)))
+    code = adapt(["fit", "-c", str(folder / "recipe.yaml"), "--resume=auto"])
+    if code == 0 and "matplotlib" not in before:
+        (folder / "modules.json").write_text(json.dumps(sorted(set(sys.modules) - before)))
     sys.stdout.flush()
     os._exit(code)
 
 
-def watch(worker: int, board: Board, aim: dict[str, Any] | None) -> dict[str, Any]:
-    began, phase, reached = time.monotonic(), "", None
+def watch(worker: int, board: Board, aim: dict[str, Any] | None, heard: int) -> dict[str, Any]:
+    began, phase, reached, said = time.monotonic(), "", None, b""
+    os.set_blocking(heard, False)
     while True:
         ended, status = os.waitpid(worker, os.WNOHANG)
+        with suppress(BlockingIOError):
+            while some := os.read(heard, 65536):
+                said += some
         if ended:
             code, killed = os.waitstatus_to_exitcode(status), False
             break
@@ -172,9 +183,11 @@ def watch(worker: int, board: Board, aim: dict[str, Any] | None) -> dict[str, An
                 killed = code == -signal.SIGKILL
                 break
         time.sleep(0.0005)
+    os.close(heard)
     spent = {name: board.entry(name) for name in NAMES}
     spent["start-up"] = (1, time.monotonic() - began)
-    return {"killed": killed, "phase": phase, "code": code, "spent": spent, "left": left_behind(worker)}
+    text = said.decode(errors="replace")
+    return {"killed": killed, "phase": phase, "code": code, "said": text, "spent": spent, "left": left_behind(worker)}
 
 
 def left_behind(session: int) -> int:
@@ -194,4 +207,4 @@ def left_behind(session: int) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))
