@@ -56,8 +56,8 @@ class Warm:
         )
 
     def attempt(self, recipe: dict[str, Any], cache: Path, aim: dict[str, Any] | None = None, **limits: int) -> dict:
-        """One attempt at the run, killed at `aim` ({phase: nth time it is entered, after: seconds from there}) if it
-        gets there. `limits`: max_file, bytes that any file may have; user, the number of whom it runs as.
+        """One attempt at the run, killed at `aim` ({phase: nth time it is entered, after: seconds from there, or when
+        it ends}) if it gets there. `limits`: max_file, bytes that any file may have; user, the number of whom it runs as.
         -> {killed, phase: where, code, said, spent: phase -> [times, seconds], left: processes it left behind}"""
         job = {"recipe": recipe, "cache": str(cache), "aim": aim, **limits}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -124,14 +124,15 @@ def main(folder: Path) -> None:
             setattr(holder, name, board.during(phase, getattr(holder, name)))
     for line in sys.stdin:
         job = json.loads(line)
-        (folder / "recipe.yaml").write_text(json.dumps(job["recipe"]))  # JSON is YAML
+        recipe = Path(f"{job['cache']}.yaml")
+        recipe.write_text(json.dumps(job["recipe"]))  # JSON is YAML
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, f"a process of {threads} threads is not safely forked"
         board.clear()
         heard, says = os.pipe()
         worker = os.fork()
         if worker == 0:
-            work(job, folder, says)
+            work(job, recipe, names, says)
         os.close(says)
         print(json.dumps(watch(worker, board, job["aim"], heard)), flush=True)
         if names.exists():  # what the first worker imported, the next ones find here
@@ -141,7 +142,7 @@ def main(folder: Path) -> None:
             names.unlink()
 
 
-def work(job: dict[str, Any], folder: Path, says: int) -> None:
+def work(job: dict[str, Any], recipe: Path, names: Path, says: int) -> None:
     """The worker. Never returns."""
     from adapt.cli import main as adapt
 
@@ -155,9 +156,9 @@ def work(job: dict[str, Any], folder: Path, says: int) -> None:
     if "user" in job:
         os.setresuid(job["user"], job["user"], job["user"])
     before = set(sys.modules)
-    code = adapt(["fit", "-c", str(folder / "recipe.yaml"), "--resume=auto"])
-    if code == 0 and "matplotlib" not in before:
-        (folder / "modules.json").write_text(json.dumps(sorted(set(sys.modules) - before)))
+    code = adapt(["fit", "-c", str(recipe), "--resume=auto"])
+    if code == 0 and "matplotlib" not in before and "user" not in job:
+        names.write_text(json.dumps(sorted(set(sys.modules) - before)))
     sys.stdout.flush()
     os._exit(code)
 
@@ -174,9 +175,10 @@ def watch(worker: int, board: Board, aim: dict[str, Any] | None, heard: int) -> 
             code, killed = os.waitstatus_to_exitcode(status), False
             break
         if aim is not None:
-            if reached is None and board.entry(aim["phase"])[0] >= aim["nth"]:
-                reached = time.monotonic()
-            if reached is not None and time.monotonic() - reached >= aim["after"]:
+            times, seconds = board.entry(aim["phase"])
+            if reached is None and times >= aim["nth"]:
+                reached = time.monotonic(), seconds
+            if reached is not None and (time.monotonic() - reached[0] >= aim["after"] or seconds != reached[1]):
                 phase = board.phase
                 os.kill(worker, signal.SIGKILL)
                 code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
