@@ -35,9 +35,9 @@ def test_full_at_any_size_of_file(warm, tmp_path):
     run = tmp_path / "runs" / "full"
     recipe = recipe_of("diffusion", base, tmp_path, "full")
     last = None
-    for size in (0, 300, 2_000, 10_000, 40_000, 120_000, 300_000):
+    for size in (0, 2_000, 12_000, 40_000, 200_000):
         done = warm.attempt(recipe, tmp_path / "cache-full", max_file=size)
-        assert "Traceback" not in done["said"]
+        assert "Traceback" not in done["said"], done["said"]
         assert done["code"] in (0, 2), done["said"]
         if done["code"] == 2:
             assert "error:" in done["said"]
@@ -52,6 +52,8 @@ def test_full_at_any_size_of_file(warm, tmp_path):
 @pytest.mark.parametrize("place", ["runs", "cache", "runs/readonly/checkpoints"])
 def test_a_folder_that_cannot_be_written(place, warm, open_folder):
     base = tiny.save_tiny(open_folder / "base")
+    for file in base.iterdir():
+        file.chmod(0o644)
     recipe = recipe_of("diffusion", base, open_folder, "readonly")
     user = {"user": NOBODY} if os.geteuid() == 0 else {}  # root may write anywhere
     for name in ("runs", "cache"):
