@@ -111,7 +111,7 @@ def _kill_one(
     )  # a run that is done can be killed there only
     while tally.num_kills < kills:
         wanted = rng.choice(LATE) if over else aims[tally.num_kills]
-        done = warm.attempt(recipe, folder / f"cache-{name}", _moment(wanted, spent, rng))
+        done = warm.attempt(recipe, folder / f"cache-{name}", moment(wanted, spent, rng))
         if done["left"]:
             tally.left.append(f"{name}: {done['left']} process(es)")
         if done["killed"]:
@@ -131,7 +131,7 @@ def _kill_one(
     return tally
 
 
-def _moment(wanted: str, spent: dict[str, tuple[int, float]], rng: random.Random) -> dict[str, Any]:
+def moment(wanted: str, spent: dict[str, tuple[int, float]], rng: random.Random) -> dict[str, Any]:
     """A random time in the first or second entry of the phase."""
     phase = "start-up" if wanted == ANY else wanted
     times, seconds = spent[phase]

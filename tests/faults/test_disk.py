@@ -52,23 +52,22 @@ def test_full_at_any_size_of_file(warm, tmp_path):
 @pytest.mark.parametrize("place", ["runs", "cache", "runs/readonly/checkpoints"])
 def test_a_folder_that_cannot_be_written(place, warm, open_folder):
     base = tiny.save_tiny(open_folder / "base")
-    for file in base.iterdir():
-        file.chmod(0o644)
     recipe = recipe_of("diffusion", base, open_folder, "readonly")
-    user = {"user": NOBODY} if os.geteuid() == 0 else {}  # root may write anywhere
     for name in ("runs", "cache"):
         (open_folder / name).mkdir()
-        (open_folder / name).chmod(0o777)
     if place.endswith("checkpoints"):
         stopped = recipe | {"trainer": {**recipe["trainer"], "max_time": "00:00:00"}}
-        assert warm.attempt(stopped, open_folder / "cache", **user)["code"] == 75
+        assert warm.attempt(stopped, open_folder / "cache")["code"] == 75
+    for path in open_folder.rglob("*"):
+        path.chmod(0o777 if path.is_dir() else 0o666)
     before = sorted(p.name for p in (open_folder / place).iterdir())
     (open_folder / place).chmod(0o555)
+    user = {"user": NOBODY} if os.geteuid() == 0 else {}  # root may write anywhere
     done = warm.attempt(recipe, open_folder / "cache", **user)
     assert done["code"] == 2, done["said"]
     assert "Traceback" not in done["said"]
     assert str(open_folder / place) in done["said"]
     assert sorted(p.name for p in (open_folder / place).iterdir()) == before
     (open_folder / place).chmod(0o777)
-    done = warm.attempt(recipe, open_folder / "cache", **user)
+    done = warm.attempt(recipe, open_folder / "cache")
     assert done["code"] == 0, done["said"]

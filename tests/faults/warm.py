@@ -14,6 +14,7 @@ import os
 import pkgutil
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -40,6 +41,8 @@ checkpoint is written it is that, whatever else goes on."""
 NAMES = list(PHASES)
 ENTRY = struct.Struct("qd")
 """Times a phase was entered, and seconds in it."""
+PATIENCE, HUNG = 120, 1000
+"""Seconds that ranks have to end by themselves after the first did, and the code of one that did not."""
 
 
 class Warm:
@@ -57,8 +60,8 @@ class Warm:
 
     def attempt(self, recipe: dict[str, Any], cache: Path, aim: dict[str, Any] | None = None, **limits: int) -> dict:
         """One attempt at the run, killed at `aim` ({phase: nth time it is entered, after: seconds from there, or when
-        it ends}) if it gets there. `limits`: max_file, bytes that any file may have; user, the number of whom it runs as.
-        -> {killed, phase: where, code, said, spent: phase -> [times, seconds], left: processes it left behind}"""
+        it ends}) if it gets there. `limits`: max_file, bytes that any file may have; user, the number of whom it runs as; ranks,
+        of which `aim` may name one by its `rank`. -> {killed, phase: of rank 0, code: of rank 0, codes: of all, said, spent: phase -> [times, seconds], left: processes it left behind}"""
         job = {"recipe": recipe, "cache": str(cache), "aim": aim, **limits}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -130,11 +133,16 @@ def main(folder: Path) -> None:
         assert threads == 1, f"a process of {threads} threads is not safely forked"
         board.clear()
         heard, says = os.pipe()
-        worker = os.fork()
-        if worker == 0:
-            work(job, recipe, names, says)
+        workers, ranks = [], _ranks(job.get("ranks", 1))
+        for rank, environment in enumerate(ranks):
+            workers.append(os.fork())
+            if workers[-1] == 0:
+                if rank != 0:
+                    board.memory = mmap.mmap(-1, len(board.memory))  # the first one's is looked at
+                os.environ.update(environment)
+                work(job, recipe, names, says)
         os.close(says)
-        print(json.dumps(watch(worker, board, job["aim"], heard)), flush=True)
+        print(json.dumps(watch(workers, board, job["aim"], heard)), flush=True)
         if names.exists():  # what the first worker imported, the next ones find here
             for name in json.loads(names.read_text()):
                 with suppress(ImportError):  # made up by a library, not imported
@@ -163,33 +171,63 @@ def work(job: dict[str, Any], recipe: Path, names: Path, says: int) -> None:
     os._exit(code)
 
 
-def watch(worker: int, board: Board, aim: dict[str, Any] | None, heard: int) -> dict[str, Any]:
+def _ranks(count: int) -> list[dict[str, str]]:
+    """Environment of each rank, as torchrun sets it; none where there is one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [
+        place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} for rank in range(count)
+    ]
+
+
+def watch(workers: list[int], board: Board, aim: dict[str, Any] | None, heard: int) -> dict[str, Any]:
     began, phase, reached, said = time.monotonic(), "", None, b""
+    codes: dict[int, int] = {}
+    victim, killed, over = workers[(aim or {}).get("rank", 0)], False, None
     os.set_blocking(heard, False)
     while True:
-        ended, status = os.waitpid(worker, os.WNOHANG)
+        for worker in workers:
+            if worker not in codes:
+                ended, status = os.waitpid(worker, os.WNOHANG)
+                if ended:
+                    codes[worker] = os.waitstatus_to_exitcode(status)
+                    over = over or time.monotonic() + PATIENCE
         with suppress(BlockingIOError):
             while some := os.read(heard, 65536):
                 said += some
-        if ended:
-            code, killed = os.waitstatus_to_exitcode(status), False
+        if len(codes) == len(workers):
             break
-        if aim is not None:
+        if over is not None and time.monotonic() > over:
+            for worker in workers:
+                if worker not in codes:
+                    os.kill(worker, signal.SIGKILL)
+                    os.waitpid(worker, 0)
+                    codes[worker] = HUNG
+            break
+        if aim is not None and not codes and not killed:
             times, seconds = board.entry(aim["phase"])
             if reached is None and times >= aim["nth"]:
                 reached = time.monotonic(), seconds
             if reached is not None and (time.monotonic() - reached[0] >= aim["after"] or seconds != reached[1]):
-                phase = board.phase
-                os.kill(worker, signal.SIGKILL)
-                code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-                killed = code == -signal.SIGKILL
-                break
+                phase, killed = board.phase, True
+                os.kill(victim, signal.SIGKILL)
         time.sleep(0.0005)
     os.close(heard)
+    killed = killed and codes[victim] == -signal.SIGKILL
     spent = {name: board.entry(name) for name in NAMES}
     spent["start-up"] = (1, time.monotonic() - began)
-    text = said.decode(errors="replace")
-    return {"killed": killed, "phase": phase, "code": code, "said": text, "spent": spent, "left": left_behind(worker)}
+    return {
+        "killed": killed,
+        "phase": phase,
+        "code": codes[workers[0]],
+        "codes": [codes[worker] for worker in workers],
+        "said": said.decode(errors="replace"),
+        "spent": spent,
+        "left": sum(left_behind(worker) for worker in workers),
+    }
 
 
 def left_behind(session: int) -> int:
