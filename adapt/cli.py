@@ -214,11 +214,19 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the recipe's export.dtype"
     )
+    parser.add_argument(
+        "--reshard",
+        type=int,
+        metavar="RANKS",
+        help="write the checkpoint itself, optimizer state and all, in files for this many ranks to go on from",
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
-    from adapt.train.deliver import export_run
+    from adapt.train.deliver import export_run, reshard_run
 
+    if args.reshard is not None:
+        return reshard_run(args.run, args.to, args.reshard, args.dtype)
     return export_run(args.run, args.to, args.dtype)
 
 

@@ -139,7 +139,7 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None, *
     (`adapt.distributed.healthy.newest` has done so already). Collective. Raises UserError where they are damaged."""
     if verify and (wrong := damage_of(path)):
         raise UserError(f"checkpoint {path} is damaged: {wrong}. Bring it back from a copy, or go on without it.")
-    reader = _Reader(str(path))
+    reader = Reader(str(path))
     try:
         saved = reader.read_metadata().state_dict_metadata
         if not any(name.startswith("optimizer/") for name in saved):
@@ -263,7 +263,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which has no place in a checkpoint")
 
 
-class _Reader(dcp.FileSystemReader):
+class Reader(dcp.FileSystemReader):
     """torch's reader unpickles its index without restriction; this one admits DCP's own types only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from adapt.config import Recipe, Resolved
 from adapt.console import printable
 from adapt.distributed import checkpoint, healthy
 from adapt.distributed.world import World
-from adapt.errors import UserError
+from adapt.errors import Problem, UserError
 from adapt.objectives.base import Objective
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
@@ -58,11 +58,7 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
 
     folder = RunFolder.open(Path(run_dir))
     resolved = folder.resolved()
-    saved, damaged = healthy.newest(folder.checkpoints)
-    if not saved:
-        raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
-    for path, wrong in damaged.items():
-        print(f"warning: checkpoint {path.name} is damaged ({wrong}); exporting {saved.name} instead")
+    saved = _newest(folder)
     recipe = resolved.stages[-1]
     if dtype is not None:
         recipe = replace(recipe, export=replace(recipe.export, dtype=dtype))
@@ -83,6 +79,33 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
     fields = decoding_fields(recipe, recipe.objective.build(facts))
     print(printable(str(export(folder, resolved, model, tokenizer, results, fields, Path(to)))))
     return 0
+
+
+def reshard_run(run_dir: Path, to: Path, ranks: int, dtype: str | None) -> int:
+    """`adapt export RUN --to DIR --reshard RANKS`: the newest checkpoint as DIR/step-N, for another number of ranks."""
+    from adapt.distributed.reshard import reshard
+
+    problems = []
+    if ranks < 1:
+        problems.append(Problem("--reshard", f"{ranks} must be 1 or more: the ranks that share the weights"))
+    if dtype is not None:
+        problems.append(Problem("--dtype", f"{dtype}: a checkpoint to go on from keeps its dtypes; leave it out"))
+    if problems:
+        raise UserError(problems)
+    folder = RunFolder.open(Path(run_dir))
+    path = reshard(_newest(folder), Path(to), ranks)
+    print(path)
+    print(f"To go on from it, put it in the place of the one in {folder.checkpoints} and --resume.")
+    return 0
+
+
+def _newest(folder: RunFolder) -> Path:
+    saved, damaged = healthy.newest(folder.checkpoints)
+    if not saved:
+        raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
+    for path, wrong in damaged.items():
+        print(f"warning: checkpoint {path.name} is damaged ({wrong}); exporting {saved.name} instead")
+    return saved
 
 
 def read_sweep(folder: RunFolder) -> dict[str, Any]:

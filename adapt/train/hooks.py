@@ -204,6 +204,7 @@ class Hooks:
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip
         state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens
+        self.saved_step = state.step  # what is damaged is saved again
         self.note(f"{where}: rewound to {saved.name}, leaving out {skip} steps of data")
         return True
 

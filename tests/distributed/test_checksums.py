@@ -17,7 +17,7 @@ from adapt.errors import StopRequested, UserError
 from adapt.train.fit import fit
 from tests.ranks import on_ranks
 from tests.recipes import tiny_recipe
-from tests.train.test_fit import losses, stop_after
+from tests.train.test_fit import losses, poison, stop_after
 
 
 class Small(torch.nn.Module):
@@ -40,8 +40,7 @@ def stepped() -> tuple[Small, torch.optim.Optimizer]:
 
 
 @pytest.fixture
-def saved(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {"student.weight": "adamw"})
+def saved(tmp_path) -> Path:
     return checkpoint.save(tmp_path / "checkpoints", 3, *stepped(), {"step": 3}, HERE)
 
 
@@ -112,7 +111,6 @@ def test_a_file_that_did_not_arrive_as_it_was_written_counts_as_damaged(tmp_path
             return len(data)
 
     monkeypatch.setattr(checksums.io, "FileIO", Lossy)
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {})
     path = checkpoint.save(tmp_path, 1, *stepped(), {}, HERE)
     assert "does not hold what was written" in damage(path)
 
@@ -146,6 +144,27 @@ def test_a_run_goes_on_from_the_newest_healthy_checkpoint_and_says_why(tiny_base
     assert max(losses(run)) == 6
 
 
+def test_a_rewind_passes_over_a_damaged_checkpoint_and_saves_it_again(tiny_base, tmp_path, monkeypatch):
+    from adapt.train.hooks import Hooks
+
+    folder, original = tmp_path / "runs" / "tiny" / "checkpoints", Hooks.non_finite
+
+    def rots(self, *args):
+        self.saver.finish()
+        flip(folder / "step-4" / "__0_0.distcp", 50)
+        return original(self, *args)
+
+    monkeypatch.setattr(Hooks, "non_finite", rots)
+    poison(monkeypatch, at=6)
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 6, "batch_tokens": 256, "non_finite": "rewind"})
+    fit(resolve(recipe | {"checkpoint": {"every": 2, "keep": 3}, "evaluation": {}}))
+    said = (folder.parent / "log.txt").read_text()
+    assert "step-4 is damaged" in said
+    assert "rewound to step-2" in said
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-2", "step-4", "step-6"]
+    assert all(damage(path) == "" for path in checkpoint.checkpoints(folder))
+
+
 def test_with_no_healthy_checkpoint_a_run_ends_with_a_letter_and_touches_nothing(tiny_base, tmp_path):
     recipe, run = interrupted(tiny_base, tmp_path)
     folder = run / "checkpoints"
@@ -157,8 +176,7 @@ def test_with_no_healthy_checkpoint_a_run_ends_with_a_letter_and_touches_nothing
     assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-1", "step-2", "step-3"]
 
 
-def test_retention_counts_no_damaged_checkpoint_among_those_it_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {})
+def test_retention_counts_no_damaged_checkpoint_among_those_it_keeps(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, *stepped(), {}, HERE)
     flip(tmp_path / "step-3" / "__0_0.distcp", 9)

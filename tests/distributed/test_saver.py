@@ -70,7 +70,6 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 def trains_on(folder: Path, world: World) -> None:
     """Both saves are held back until the weights have moved on; the second finds the first one's memory."""
-    checkpoint.algorithms = lambda *_: {}
     original, gate = saver.write, threading.Event()
 
     def held(*args):
@@ -102,12 +101,7 @@ def trains_on_as_a_rank(folder: str) -> None:
     trains_on(Path(folder), World(dist.get_rank(), 0, dist.get_world_size(), 1, torch.device("cpu")))
 
 
-@pytest.fixture
-def without_algorithms(monkeypatch):
-    monkeypatch.setattr(checkpoint, "algorithms", lambda *_: {})
-
-
-def test_what_is_saved_is_what_was_there_when_training_went_on(tmp_path, without_algorithms):
+def test_what_is_saved_is_what_was_there_when_training_went_on(tmp_path):
     trains_on(tmp_path, HERE)
 
 
@@ -116,7 +110,7 @@ def test_what_is_saved_is_what_was_there_on_every_rank(tmp_path):
     on_ranks(3, tmp_path, trains_on_as_a_rank, str(tmp_path / "checkpoints"))
 
 
-def test_waiting_and_training_on_write_the_same_files(tmp_path, without_algorithms):
+def test_waiting_and_training_on_write_the_same_files(tmp_path):
     root, optimizer = made()
     step(root, optimizer)
     with Saver(HERE) as saving:
@@ -128,7 +122,7 @@ def test_waiting_and_training_on_write_the_same_files(tmp_path, without_algorith
     assert_equal(loaded(a), loaded(b))
 
 
-def test_then_comes_after_the_checkpoint_is_there(tmp_path, without_algorithms):
+def test_then_comes_after_the_checkpoint_is_there(tmp_path):
     seen = []
     root, optimizer = made()
     with Saver(HERE) as saving:
@@ -151,7 +145,7 @@ def fill_disk(monkeypatch, *, from_save: int) -> None:
     monkeypatch.setattr(checkpoint, "put_sums", full)
 
 
-def test_a_save_that_fails_meanwhile_is_told_and_leaves_the_one_before(tmp_path, without_algorithms, monkeypatch):
+def test_a_save_that_fails_meanwhile_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
     fill_disk(monkeypatch, from_save=2)
     root, optimizer = made()
     with Saver(HERE) as saving:
@@ -164,7 +158,6 @@ def test_a_save_that_fails_meanwhile_is_told_and_leaves_the_one_before(tmp_path,
 
 
 def fail_on_one(folder: str) -> None:
-    checkpoint.algorithms = lambda *_: {}
     rank = dist.get_rank()
     if rank == 1:
         checkpoint.SummingWriter.sums = property(
@@ -186,7 +179,6 @@ def test_where_one_rank_fails_all_ranks_say_so(tmp_path):
 
 def hang(folder: Path, marker: Path) -> None:
     """Saves step 1, then is never done with step 2."""
-    checkpoint.algorithms = lambda *_: {}
     root, optimizer = made()
     with Saver(HERE) as saving:
         saving.save(folder, 1, root, optimizer, {}, wait=True)

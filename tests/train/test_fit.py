@@ -320,4 +320,4 @@ def test_checkpoint_index_admits_no_foreign_classes(tmp_path):
 
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(pickle.UnpicklingError, match="no place in a checkpoint"):
-        checkpoint._Reader(str(folder)).read_metadata()
+        checkpoint.Reader(str(folder)).read_metadata()

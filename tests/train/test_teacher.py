@@ -116,7 +116,7 @@ def test_the_teacher_never_changes_and_is_in_no_checkpoint(conversions, tiny_bas
     assert not teacher.training
     mine = {id(p) for p in teacher.parameters()}
     assert not mine & {id(p) for p in root.parameters()}
-    saved = checkpoint._Reader(str(checkpoint.checkpoints(run / "checkpoints")[-1])).read_metadata().state_dict_metadata
+    saved = checkpoint.Reader(str(checkpoint.checkpoints(run / "checkpoints")[-1])).read_metadata().state_dict_metadata
     assert {n for n in saved if n.startswith("model/")} == {f"model/student.{n}" for n in base}
     kl = logged(run, "loss/kl")
     assert sorted(kl) == [1, 2, 3, 4, 5, 6]
