@@ -126,8 +126,10 @@ def _kill_one(
         return tally
     if different := differences(run, folder / "runs" / f"{kind}-straight"):
         tally.different.append(f"{name}: {different}")
-    left = [p for p in run.rglob("*") if ".partial" in p.name or ".replaced" in p.name or p.name.endswith(".new")]
-    tally.left += [f"{name}: {path.relative_to(run)}" for path in left]
+    for path in run.rglob("*"):
+        unfinished = ".partial" in path.name or ".replaced" in path.name or path.name.endswith(".new")
+        if unfinished and path.parent.name != "attempts":  # an attempt's sign of life is its own, and stays
+            tally.left.append(f"{name}: {path.relative_to(run)}")
     return tally
 
 
