@@ -158,6 +158,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    from adapt.console import printable
     from adapt.train.validate import check
 
     resolved = _read(args, args.offline)
@@ -165,9 +166,9 @@ def _validate(args: argparse.Namespace) -> int:
     report = check(resolved, args.offline)
     if not report.problems:  # as comments: what is printed is a recipe
         for line in report.checked:
-            print(f"# ✓ {line}")
+            print(printable(f"# ✓ {line}"))
     for line in report.unchecked:
-        print(f"# ? not checked: {line}")
+        print(printable(f"# ? not checked: {line}"))
     if report.problems:
         sys.stdout.flush()
         raise UserError(report.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterable
@@ -33,6 +34,13 @@ def print_problems(problems: Iterable[Problem], console=None) -> None:
                 console.print(Padding(more, (0, 0, 0, 2)))
         else:
             console.print(line, soft_wrap=True)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log records quote names of files and datasets, which are the user's or somebody else's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def say(text: str) -> None:

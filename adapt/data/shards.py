@@ -28,6 +28,8 @@ from adapt.data.roles import CONTEXT, TARGET
 from adapt.errors import UserError
 
 SHARD_TOKENS = 2**27
+SUM = "sha256"
+"""Key of the manifest that says what all the others should hold; shards of earlier versions have none."""
 SMALL = 2**24
 """Bytes up to which a file is read and compared with the manifest whenever the shards are opened."""
 
@@ -113,7 +115,8 @@ class ShardWriter:
         for column in self._columns.values():
             column.path.unlink()
         manifest = {**manifest, "dtype": self.dtype.name, "files": dict(sorted(self.files.items()))}
-        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        whole = {**manifest, SUM: _sum_of(manifest)}
+        (self.folder / "manifest.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
         return manifest
 
     def close(self) -> None:
@@ -230,9 +233,14 @@ class TokenShards:
     def _read_manifest(self) -> dict[str, Any]:
         file = self.folder / "manifest.json"
         try:
-            return json.loads(file.read_text())
+            found = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise self._damaged(file.name, str(error)) from None
+        if not isinstance(found, dict) or found.pop(SUM, None) not in (None, _sum_of(found)):
+            raise self._damaged(file.name, "its contents changed since it was written")
+        if missing := [key for key in ("label", "dtype", "files", "pad_id", "pairs") if key not in found]:
+            raise self._damaged(file.name, f"it says nothing of {', '.join(missing)}")
+        return found
 
     def _check_size(self, name: str, expected: int) -> None:
         file = self.folder / name
@@ -251,3 +259,8 @@ class TokenShards:
             f"{self.folder / name}: the prepared data is damaged: {what}. "
             f"Delete the folder {self.folder} and it will be prepared again"
         )
+
+
+def _sum_of(manifest: dict[str, Any]) -> str:
+    read = json.loads(json.dumps(manifest))  # keys that are no strings become some
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()

@@ -96,7 +96,10 @@ def write(
 
     def write_share() -> dict[str, str]:
         writer = SummingWriter(partial)
-        dcp.save(made.tensors, storage_writer=writer, process_group=group, no_dist=not world.grouped)
+        try:
+            dcp.save(made.tensors, storage_writer=writer, process_group=group, no_dist=not world.grouped)
+        except dcp.api.CheckpointException as failure:
+            raise RuntimeError(_reason(failure)) from None
         texts = made.texts if world.main else {}
         return writer.sums | {name: put(partial / name, text) for name, text in texts.items()}
 
@@ -104,7 +107,7 @@ def write(
         together(lambda: shutil.rmtree(partial, ignore_errors=True) if world.main else None, group)
         shares = together(write_share, group)
         together(lambda: _finish(made, shares, then) if world.main else None, group)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:
+    except (OSError, RuntimeError) as failure:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -112,6 +115,14 @@ def write(
             f"The checkpoints before it are intact. Make room (or point run.dir elsewhere) and go on with --resume."
         ) from None
     return made.final
+
+
+def _reason(failure: Exception) -> str:
+    """In words: DCP's own text is a traceback of every rank that failed."""
+    if not isinstance(failure, dcp.api.CheckpointException):
+        return str(failure)
+    told = dict.fromkeys(str(error) or type(error).__name__ for error, _ in failure.failures.values())
+    return "; ".join(told)
 
 
 def _finish(made: Draft, shares: list[dict[str, str]], then: Callable[[], None]) -> None:
@@ -171,7 +182,7 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None, *
         pickle.UnpicklingError,
     ) as error:
         raise UserError(
-            f"checkpoint {path} cannot be read: {error}\nDelete that folder to resume from the one before it."
+            f"checkpoint {path} cannot be read: {_reason(error)}\nDelete that folder to resume from the one before it."
         ) from None
     if optimizer is not None:
         whole = get_optimizer_state_dict(root, optimizer)

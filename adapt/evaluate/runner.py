@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from adapt.components import SuiteChoice
+from adapt.console import printable
 from adapt.evaluate.context import EvalContext
 from adapt.evaluate.grid import Grid
 
@@ -32,6 +33,7 @@ def evaluate(choices: Iterable[SuiteChoice], context: EvalContext) -> dict[str, 
 def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     """A row per metric: before, after, change in percent. Without `before`, one column of values."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="held-out results", title_justify="left")
     table.add_column("metric", overflow="fold")
@@ -43,7 +45,7 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
         cells = ["–" if v is None else f"{v:.4g}" for v in values]
         if before:
             cells.append(change(*values))
-        table.add_row(metric, *cells)
+        table.add_row(Text(printable(metric)), *cells)  # it ends in the name of a dataset
     return table
 
 

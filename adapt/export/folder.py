@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt.config.schema import Recipe
+from adapt.console import printable
 from adapt.errors import Problem, UserError
 from adapt.export.code import write_code
 from adapt.export.pieces import copy_model
@@ -102,7 +103,7 @@ def export_folder(
                 check=compared,
                 chat=tokenizer.chat_template is not None,
             )
-            (folder / "README.md").write_text(card)
+            (folder / "README.md").write_text(printable(card))
             _forget_place(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own exception for a full disk
         reason = getattr(error, "strerror", None) or error

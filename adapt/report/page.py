@@ -8,6 +8,7 @@ import yaml
 
 from adapt.components import sections
 from adapt.config.text import read_yaml
+from adapt.console import printable
 from adapt.errors import UserError
 from adapt.registry import Entry, UnknownComponent
 from adapt.report.data import COLOURS, RunData, read
@@ -42,7 +43,7 @@ def build(run: Path, compare: list[Path], out: Path | None) -> Path:
     target = Path(out) if out else run / (COMPARISON if arms else "report.html")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        target.write_text(printable(page), encoding="utf-8")
     except OSError as error:
         raise UserError(f"the report {target} cannot be written: {error.strerror}") from None
     return target

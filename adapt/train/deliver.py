@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adapt.config import Recipe, Resolved
+from adapt.console import printable
 from adapt.distributed import checkpoint, healthy
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
@@ -77,7 +78,7 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
             results |= {"interpolation": found, "after": interpolate.taken(found)}
     model = whole_student(recipe, tokenizer, root, world)
     fields = decoding_fields(recipe, recipe.objective.build(facts))
-    print(export(folder, resolved, model, tokenizer, results, fields, Path(to)))
+    print(printable(str(export(folder, resolved, model, tokenizer, results, fields, Path(to)))))
     return 0
 
 
@@ -138,8 +139,8 @@ def show_end(folder: RunFolder, state: State, samples: list[dict[str, Any]]) -> 
     show_samples(console, samples)
     report = build(folder.path, [], None)
     console.print(f"trained {state.step} steps in {duration(state.seconds)}")
-    console.print(f"report:         {report}", soft_wrap=True)
-    console.print(f"exported model: {folder.export}", soft_wrap=True)
+    console.print(printable(f"report:         {report}"), soft_wrap=True, markup=False)
+    console.print(printable(f"exported model: {folder.export}"), soft_wrap=True, markup=False)
 
 
 def show_samples(console, samples: list[dict[str, Any]]) -> None:
@@ -148,4 +149,5 @@ def show_samples(console, samples: list[dict[str, Any]]) -> None:
 
     for item in samples:
         title = f"{item['sampler']} · {item['tokens_per_forward']:.2f} tokens per forward"
-        console.print(Panel(f"[bold]{escape(item['prompt'])}[/bold]{escape(item['text'])}", title=escape(title)))
+        prompt, text = (escape(printable(item[key])) for key in ("prompt", "text"))  # the model may write anything
+        console.print(Panel(f"[bold]{prompt}[/bold]{text}", title=escape(title)))

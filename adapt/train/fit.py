@@ -18,6 +18,7 @@ import torch
 
 from adapt.config import Resolved
 from adapt.config.schema import Recipe
+from adapt.console import PrintableFormatter, printable
 from adapt.conversion.base import planned_tokenizer
 from adapt.distributed import checkpoint, healthy
 from adapt.distributed import world as worlds
@@ -346,7 +347,7 @@ class _Run:
     def say(self, text: str) -> None:
         if self.world.main:
             self.folder.log(text)
-            print(text)
+            print(printable(text))
 
 
 def _decided(saved: Path | None) -> dict[str, Any]:
@@ -369,5 +370,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of a single process
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("adapt").setLevel(logging.INFO)

@@ -218,6 +218,7 @@ class Hooks:
         state.skipped += skip
         state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens
         state.norms = before.norms
+        self.saved_step = state.step  # what is damaged is saved again
         self.note(f"{where}: rewound to {saved.name}, leaving out {skip} steps of data")
         return True
 

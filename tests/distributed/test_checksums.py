@@ -17,7 +17,7 @@ from adapt.errors import StopRequested, UserError
 from adapt.train.fit import fit
 from tests.ranks import on_ranks
 from tests.recipes import tiny_recipe
-from tests.train.test_fit import losses, stop_after
+from tests.train.test_fit import losses, poison, stop_after
 
 
 class Small(torch.nn.Module):
@@ -142,6 +142,27 @@ def test_a_run_goes_on_from_the_newest_healthy_checkpoint_and_says_why(tiny_base
     assert (folder / "damaged-step-3").is_dir(), "nothing is deleted that a user may want to look at"
     assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-6"]
     assert max(losses(run)) == 6
+
+
+def test_a_rewind_passes_over_a_damaged_checkpoint_and_saves_it_again(tiny_base, tmp_path, monkeypatch):
+    from adapt.train.hooks import Hooks
+
+    folder, original = tmp_path / "runs" / "tiny" / "checkpoints", Hooks.non_finite
+
+    def rots(self, *args):
+        self.saver.finish()
+        flip(folder / "step-4" / "__0_0.distcp", 50)
+        return original(self, *args)
+
+    monkeypatch.setattr(Hooks, "non_finite", rots)
+    poison(monkeypatch, at=6)
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 6, "batch_tokens": 256, "non_finite": "rewind"})
+    fit(resolve(recipe | {"checkpoint": {"every": 2, "keep": 3}, "evaluation": {}}))
+    said = (folder.parent / "log.txt").read_text()
+    assert "step-4 is damaged" in said
+    assert "rewound to step-2" in said
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-2", "step-4", "step-6"]
+    assert all(damage(path) == "" for path in checkpoint.checkpoints(folder))
 
 
 def test_with_no_healthy_checkpoint_a_run_ends_with_a_letter_and_touches_nothing(tiny_base, tmp_path):
