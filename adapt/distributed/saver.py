@@ -1,7 +1,7 @@
 """Checkpoints written while training goes on: it waits for a copy of what it trains, and the rest is a thread's.
 
 The copy is in the host's memory: weights and optimizer state of this rank's shard once more, held from the first such save
-to the end of the run, so that later saves find their pages (pinned, where there is a GPU). The ranks' threads agree among
+to the end of the stage, so that later saves find their pages (pinned, where there is a GPU). The ranks' threads agree among
 themselves over a group of their own. A process that is killed meanwhile leaves a `.partial` folder and the checkpoints
 before it.
 """
@@ -82,6 +82,7 @@ class Saver:
         saving = self._saving = _Saving(made, self.world, self._group, then, started)
         self._untold.append(saving)
         if wait:
+            self._copies = {}  # an export may need the room
             saving.run()
             self.finish()
         else:
