@@ -1,6 +1,7 @@
 """Latent attention: what its start costs, what its cache holds. (How fast it decodes: latent_decode.py.)
 
-    python benchmarks/latent.py start --layers 16      # of Llama-3.2-1B's shapes, against an SVD of the repeated heads
+    python benchmarks/latent.py start                  # of Llama-3.2-1B's shapes, against an SVD of the repeated heads
+    python benchmarks/latent.py start --only ours      # the memory of one of the three: repeated, ours, default
     python benchmarks/latent.py cache                  # bytes per token of the published sizes
 
 Weights are drawn: no time here depends on them. Times are CPU seconds of one thread, and variants take turns.
@@ -26,6 +27,11 @@ from adapt.conversion.latent_shape import LatentShape, TeacherShape, kv_ratio
 from adapt.conversion.latent_start import Attention, rope_dims, start_layer
 
 LLAMA_1B = TeacherShape(2048, 32, 8, 64)
+STARTS = {
+    "repeated": "repeated heads, torch.linalg.svd",
+    "ours": "the same factors, ours",
+    "default": "our default: dense queries, covariance",
+}
 BYTES = 2
 """Of a number in bfloat16."""
 SIZES = {
@@ -43,15 +49,16 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     starts = verbs.add_parser("start")
     starts.add_argument("--layers", type=int, default=16)
+    starts.add_argument("--only", choices=STARTS)
     verbs.add_parser("cache")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"start": lambda: start(args.layers), "cache": cache}[args.verb]()
+    {"start": lambda: start(args.layers, args.only), "cache": cache}[args.verb]()
 
 
-def start(layers: int) -> None:
-    """CPU seconds of the decompositions of all layers."""
-    shape, seconds = LLAMA_1B, {}
+def start(layers: int, only: str | None) -> None:
+    """CPU seconds of the decompositions of all layers; each layer is decomposed by all variants in turn."""
+    shape, seconds = LLAMA_1B, {name: [] for name in (STARTS if only is None else [only])}
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     torch.manual_seed(0)
     for _ in range(layers):
@@ -59,17 +66,21 @@ def start(layers: int) -> None:
         x = torch.randn(4096, shape.hidden)
         covariance = (x.T @ x).double() / len(x)
         variants = {
-            "repeated heads, torch.linalg.svd": lambda q=q, k=k, v=v: repeated(q, k, v, shape),
-            "the same factors, ours": lambda q=q, k=k, v=v: (spectrum(q), spectrum(torch.cat([k, v]))),
-            "our default: dense queries, covariance": lambda q=q, k=k, v=v, c=covariance: start_layer(
+            "repeated": lambda q=q, k=k, v=v: repeated(q, k, v, shape),
+            "ours": lambda q=q, k=k, v=v: (spectrum(q), spectrum(torch.cat([k, v]))),
+            "default": lambda q=q, k=k, v=v, c=covariance: start_layer(
                 Attention(q, k, v, q.T), shape, rope_dims("high", 64, 32, 32), "pca", c
             ).weights(128),
         }
-        for name, call in variants.items():
-            seconds[name] = seconds.get(name, 0.0) + timed(call)
-    slowest = max(seconds.values())
-    for name, total in seconds.items():
-        print(f"{name:45s} {total:8.2f} s for {layers} layers, {slowest / total:6.1f} x")
+        for name, taken in seconds.items():
+            taken.append(timed(variants[name]))
+    base = next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        ratios = sorted(theirs / ours for theirs, ours in zip(base, taken, strict=True))
+        print(
+            f"{STARTS[name]:40s} {sum(taken):7.2f} s for {layers} layers, {sum(base) / sum(taken):5.2f} x "
+            f"(by layer: {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f})"
+        )
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
