@@ -68,7 +68,7 @@ class Saver:
         optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
         *,
-        attempt: Attempt | None,
+        attempt: Attempt | None = None,
         wait: bool,
         then: Callable[[], None] = lambda: None,
     ) -> None:
