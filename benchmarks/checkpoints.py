@@ -6,7 +6,8 @@
 `stall`: weights and AdamW moments of SmolLM2-135M's shapes (fp32), the two kinds of save in turn, one thread. Training
 waits for the copy alone; the first copy also has the memory brought in, so it has a column of its own. `resume`: processes
 of `adapt fit --resume` on a tiny model, in turn; both checkpoints are of the same run, the later one with its counters set
-on (the data are read by position, whatever was trained between).
+on (the data are read by position, whatever was trained between). CPU seconds are shown as well: other processes on the
+machine disturb them little.
 """
 
 from __future__ import annotations
@@ -98,18 +99,19 @@ def resume(folder: Path, rounds: int) -> None:
     start = shutil.copytree(run, folder / "start")
     later = shutil.copytree(run, folder / "later")
     set_on(later / "checkpoints", steps)
-    times: dict[str, list[float]] = {"0": [], f"{SAMPLES:,}": []}
+    times: dict[str, list[tuple[float, float]]] = {"0": [], f"{SAMPLES:,}": []}
     for _ in range(rounds):
         for name, kept in zip(times, (start, later), strict=True):
             shutil.rmtree(run)
             shutil.copytree(kept, run)
             times[name].append(first_step(file, folder, "--resume"))
-    low, high = times.values()
-    print("| goes on at sample | from launch to the end of the first step, s |")
-    print("|---|---|")
+    print("| goes on at sample | from launch to the end of the first step, s | CPU s |")
+    print("|---|---|---|")
     for name, found in times.items():
-        print(f"| {name} | {shown(found)} |")
-    print(f"| ratio | {shown([b / a for a, b in zip(low, high, strict=True)])} |")
+        print(f"| {name} | {' | '.join(shown(list(column)) for column in zip(*found, strict=True))} |")
+    low, high = (list(zip(*found, strict=True)) for found in times.values())
+    ratios = [[b / a for a, b in zip(*pair, strict=True)] for pair in zip(low, high, strict=True)]
+    print(f"| ratio | {' | '.join(map(shown, ratios))} |")
 
 
 def set_on(checkpoints: Path, steps: int) -> None:
@@ -125,16 +127,19 @@ def set_on(checkpoints: Path, steps: int) -> None:
     path.rename(checkpoints / f"step-{steps}")
 
 
-def first_step(file: Path, folder: Path, *args: str) -> float:
-    """Seconds until the run has told of a step. It stops by itself behind that."""
+def first_step(file: Path, folder: Path, *args: str) -> tuple[float, float]:
+    """Seconds, and CPU seconds, until the run has told of a step. It stops by itself behind that."""
+    import psutil
+
     command = [sys.executable, "-m", "adapt", "fit", "-c", str(file), *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ADAPT_CACHE": str(folder / "cache")}
-    started, took = time.perf_counter(), 0.0
+    started, took = time.perf_counter(), None
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if line.startswith("step ") and not took:
-                took = time.perf_counter() - started
-    if process.returncode != 75 or not took:
+            if line.startswith("step ") and took is None:
+                used = psutil.Process(process.pid).cpu_times()
+                took = time.perf_counter() - started, used.user + used.system
+    if process.returncode != 75 or took is None:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}")
     return took
 
