@@ -179,17 +179,18 @@ def test_an_orphan_can_write_nothing(old_and_new, tokenizer):
 def test_an_orphan_that_is_in_the_middle_of_a_checkpoint_cannot_finish_it(old_and_new, monkeypatch):
     """It had begun when it still might."""
     old, new, _ = old_and_new
-    root, original = Root(tiny.tiny_model()), checkpoint._write
+    root, original = Root(tiny.tiny_model()), checkpoint.put
 
     def late(path, text):
-        original(path, text)
+        digest = original(path, text)
         if path.name == checkpoint.STATE:
             Attempt(new.path, claim(new.path).generation)
             checkpoint.recover(new.checkpoints)
+        return digest
 
     (old.path / attempts.FOLDER / "2.json").unlink()
     with monkeypatch.context() as patched, pytest.raises(Superseded):
-        patched.setattr(checkpoint, "_write", late)
+        patched.setattr(checkpoint, "put", late)
         checkpoint.save(old.checkpoints, 1, root, None, {}, HERE, attempt=old.attempt)
     assert os.listdir(new.checkpoints) == []
 

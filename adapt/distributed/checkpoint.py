@@ -127,6 +127,7 @@ def _reason(failure: Exception) -> str:
 
 def _finish(made: Draft, shares: list[dict[str, str]], then: Callable[[], None]) -> None:
     """Rank 0, when all is written: the one place where a checkpoint comes to be."""
+    made.check()
     partial, final = made.partial, made.final
     put_sums(partial, {name: digest for share in shares for name, digest in share.items()})
     sync_folder(partial)

@@ -147,14 +147,14 @@ def test_a_run_goes_on_from_the_newest_healthy_checkpoint_and_says_why(tiny_base
 def test_a_rewind_passes_over_a_damaged_checkpoint_and_saves_it_again(tiny_base, tmp_path, monkeypatch):
     from adapt.train.hooks import Hooks
 
-    folder, original = tmp_path / "runs" / "tiny" / "checkpoints", Hooks.non_finite
+    folder, original = tmp_path / "runs" / "tiny" / "checkpoints", Hooks.bad_update
 
     def rots(self, *args):
         self.saver.finish()
         flip(folder / "step-4" / "__0_0.distcp", 50)
         return original(self, *args)
 
-    monkeypatch.setattr(Hooks, "non_finite", rots)
+    monkeypatch.setattr(Hooks, "bad_update", rots)
     poison(monkeypatch, at=6)
     recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 6, "batch_tokens": 256, "non_finite": "rewind"})
     fit(resolve(recipe | {"checkpoint": {"every": 2, "keep": 3}, "evaluation": {}}))

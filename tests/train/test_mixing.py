@@ -273,7 +273,7 @@ def test_9_loss_and_gradients_do_not_depend_on_the_split(objective):
     halves = [batch.rows(0, 4), batch.rows(4, 8)]
     counts = [[t.count for t in objective.prepare(h, seed=0, step=0).terms.values()] for h in halves]
     assert counts[0] != counts[1]
-    ranks = [grads(root, halves[r], 2, objective, OneOfTwo([*counts[1 - r], *counts[1 - r], 0]))[0] for r in (0, 1)]
+    ranks = [grads(root, halves[r], 2, objective, OneOfTwo([*counts[1 - r], *counts[1 - r], 0, 0]))[0] for r in (0, 1)]
     for name in expected:
         torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, expected[name], atol=1e-12, rtol=1e-9)
 
