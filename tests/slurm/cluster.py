@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['P
 
 CONFIG = """\
 ClusterName=lab
+FirstJobId={first}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser={user}
@@ -71,8 +73,15 @@ class Cluster:
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         config = folder / "slurm.conf"
+        # Where ranks meet follows from the job's number: clusters of one machine must not meet each other.
         config.write_text(
-            CONFIG.format(controller=controller, user=getpass.getuser(), folder=folder, nodes="\n".join(lines))
+            CONFIG.format(
+                controller=controller,
+                user=getpass.getuser(),
+                folder=folder,
+                first=random.randrange(1, 400),
+                nodes="\n".join(lines),
+            )
         )
         clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environment = clean | {"SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
