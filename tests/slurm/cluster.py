@@ -148,8 +148,8 @@ class Cluster:
         for process in self.processes(node):
             os.kill(process, signal.SIGKILL)
 
-    def processes(self, node: str) -> list[int]:
-        """Of jobs' steps on that node, slurmstepd among them."""
+    def processes(self, node: str = "") -> list[int]:
+        """Of jobs' tasks on that node; "": every process of this cluster, daemons among them."""
         import psutil
 
         found = []
@@ -159,7 +159,7 @@ class Cluster:
             except psutil.Error:
                 continue
             mine = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if mine and environment.get("SLURMD_NODENAME") == node:
+            if mine and node in ("", environment.get("SLURMD_NODENAME")):
                 found.append(process.pid)
         return found
 
@@ -180,12 +180,8 @@ class Cluster:
         self.until(self.idle)
 
     def stop(self) -> None:
-        for daemon in ("slurmctld", *self.nodes):
-            if (pid := self.pid(daemon)) is not None:
-                _kill(pid)
-        for node in self.nodes:
-            for process in self.processes(node):
-                _kill(process)
+        for process in self.processes():
+            _kill(process)
 
 
 def _lives(pid: int) -> bool:
