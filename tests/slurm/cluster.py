@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['P
 
 CONFIG = """\
 ClusterName=lab
+FirstJobId={first}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser={user}
@@ -71,8 +73,15 @@ class Cluster:
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         config = folder / "slurm.conf"
+        # Where ranks meet follows from the job's number: clusters of one machine must not meet each other.
         config.write_text(
-            CONFIG.format(controller=controller, user=getpass.getuser(), folder=folder, nodes="\n".join(lines))
+            CONFIG.format(
+                controller=controller,
+                user=getpass.getuser(),
+                folder=folder,
+                first=random.randrange(1, 400),
+                nodes="\n".join(lines),
+            )
         )
         clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environment = clean | {"SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
@@ -139,8 +148,8 @@ class Cluster:
         for process in self.processes(node):
             os.kill(process, signal.SIGKILL)
 
-    def processes(self, node: str) -> list[int]:
-        """Of jobs' steps on that node, slurmstepd among them."""
+    def processes(self, node: str = "") -> list[int]:
+        """Of jobs' tasks on that node; "": every process of this cluster, daemons among them."""
         import psutil
 
         found = []
@@ -150,7 +159,7 @@ class Cluster:
             except psutil.Error:
                 continue
             mine = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if mine and environment.get("SLURMD_NODENAME") == node:
+            if mine and node in ("", environment.get("SLURMD_NODENAME")):
                 found.append(process.pid)
         return found
 
@@ -171,12 +180,8 @@ class Cluster:
         self.until(self.idle)
 
     def stop(self) -> None:
-        for daemon in ("slurmctld", *self.nodes):
-            if (pid := self.pid(daemon)) is not None:
-                _kill(pid)
-        for node in self.nodes:
-            for process in self.processes(node):
-                _kill(process)
+        for process in self.processes():
+            _kill(process)
 
 
 def _lives(pid: int) -> bool:

@@ -56,12 +56,14 @@ def starts(folder: Path) -> list[str]:
 
 
 def test_a_run_that_is_done_is_done(cluster, does, tmp_path):
-    job = submit(cluster, tmp_path, **does("echo rank $SLURM_PROCID at $MASTER_ADDR"))
+    how = "echo rank $SLURM_PROCID at $MASTER_ADDR; scontrol show step $SLURM_JOB_ID.$SLURM_STEP_ID"
+    job = submit(cluster, tmp_path, "--cpus-per-task=2", **does(how))
     assert ended(cluster, job, tmp_path)["JobState"] == "COMPLETED"
     assert starts(tmp_path) == ["fit -c recipe.yaml a.b=1 2 --resume=auto"]
     log = (tmp_path / "log").read_text()
     assert "rank 0 at 127.0.0.1" in log, "the node's address: its name is known to nobody else"
     assert "rank 1 at 127.0.0.1" in log
+    assert "CPUs=4" in log, "all that the job has"
     assert f"job {job}, start 1: 2 task(s) on n[1-2]" in log
 
 
