@@ -106,7 +106,8 @@ def _kill_one(
 ) -> Tally:
     name = recipe["run"]["name"]
     tally, run, over = Tally(runs=1), folder / "runs" / name, False
-    aims = sorted(
+    # data is prepared once, and a run that is done can be killed in its last phases only
+    aims = sorted(rng.choices(AIMS, k=kills), key=lambda aim: (aim in LATE) - (aim == "data"))
         rng.choices(AIMS, k=kills), key=lambda aim: aim in LATE
     )  # a run that is done can be killed there only
     while tally.num_kills < kills:
