@@ -12,7 +12,7 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 test-slow: $(READY)
-	$(VENV)/bin/python -m pytest -m "slow and not slurm and not gpu"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu"
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .

@@ -1,7 +1,7 @@
 """The command line. `--help` answers at once: a verb's arguments and imports come when that verb is chosen.
 
-Exit codes: 0 done; 2 the user's input is wrong (all problems listed); 75 stopped on request, a checkpoint is saved;
-1 anything else.
+Exit codes: 0 done; 2 the user's input is wrong (all problems listed); 75 stopped on request, to be gone on with; 71 a
+rank died or hangs; 1 anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapt import __version__
-from adapt.errors import RecipeError, StopRequested, UserError, nearest
+from adapt.errors import RecipeError, RunLost, StopRequested, UserError, nearest
 
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that speak up whenever torchao is installed and transformers looks for it: of kernels for other machines."""
@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             _tell_line(str(stop))
         return stop.exit_code
+    except RunLost as lost:
+        _end_display()
+        _tell_line(f"rank {os.environ.get('RANK', '0')}: {lost}")
+        return lost.exit_code
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -138,10 +142,14 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    resolved = _read(args)
-    from adapt.train.fit import fit
+    from adapt.train.signals import StopFlag
 
-    return fit(resolved, args.resume)
+    with StopFlag() as flag:  # before anything that takes long is imported
+        with flag.at_once("before anything was done"):
+            resolved = _read(args)
+            from adapt.train.fit import fit
+
+        return fit(resolved, args.resume, flag)
 
 
 def _validate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -294,6 +302,18 @@ def _tokenizer(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _health_arguments(parser: argparse.ArgumentParser) -> None:
+    from adapt.distributed.health import add_arguments
+
+    add_arguments(parser)
+
+
+def _health(args: argparse.Namespace) -> int:
+    from adapt.distributed.health import health
+
+    return health(args)
+
+
 def _recipes(args: argparse.Namespace) -> int:
     from adapt.config import shipped_recipes
 
@@ -320,6 +340,7 @@ VERBS: dict[str, Verb] = {
     "push": ("upload an exported folder to the Hub", _push_arguments, _push),
     "data": ("fetch, prepare or describe the data of a recipe", _data_arguments, _data),
     "tokenizer": ("extend a tokenizer by a language, or compare tokenizers", _tokenizer_arguments, _tokenizer),
+    "health": ("try the machines of a run: do its ranks meet, memory, disk", _health_arguments, _health),
     "recipes": ("list the recipes that ship", lambda parser: None, _recipes),
 }
 DESCRIPTION = "\n".join(

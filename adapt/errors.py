@@ -51,6 +51,22 @@ class StopRequested(Exception):
     exit_code = 75
 
 
+class RunLost(Exception):
+    """A run cannot go on here, through no fault of its recipe; what was saved is intact."""
+
+    exit_code = 1
+
+
+class Superseded(RunLost):
+    """A newer attempt has taken up the run (exit code 1: nobody waits for this one)."""
+
+
+class RankLost(RunLost):
+    """A rank died or hangs; the message names it. Exit code 71: started again, the run may well succeed."""
+
+    exit_code = 71
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A ' Did you mean ...?' suffix, or '' when nothing is close."""
     import difflib

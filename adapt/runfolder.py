@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adapt.attempts import Attempt, claim
 from adapt.config import Resolved, encode, resolve
 from adapt.config.text import read_yaml
 from adapt.console import printable
@@ -34,9 +35,11 @@ MAY_CHANGE = (
     "trainer.max_time",
     "trainer.mesh",
     "trainer.devices",
+    "trainer.timeout",
     "trainer.microbatch",
     "trainer.deterministic",
     "trainer.non_finite",
+    "trainer.spike",
     "trainer.max_non_finite",
     "logging",
     "checkpoint",
@@ -52,6 +55,7 @@ class RunFolder:
     def __init__(self, path: Path, *, main: bool = True, resumed: bool = False):
         self.path, self.main, self.resumed = path, main, resumed
         self.changed: list[tuple[str, str, str]] = []
+        self.attempt: Attempt | None = None
         self._has_data = resumed
 
     @classmethod
@@ -94,6 +98,21 @@ class RunFolder:
                 ]
             )
         return folder
+
+    def claim(self) -> None:
+        """Take the folder for this process, once; raises UserError where another one trains in it."""
+        if self.main and self.attempt is None:
+            self.attempt = claim(self.path)
+
+    def follow_attempt(self, generation: int) -> None:
+        """For ranks other than the first: the attempt they are of."""
+        if self.attempt is None:
+            self.attempt = Attempt(self.path, generation)
+
+    def guard(self) -> None:
+        """Before every write: raises Superseded where a newer attempt has the folder."""
+        if self.attempt is not None:
+            self.attempt.check()
 
     @classmethod
     def follow(cls, resolved: Resolved, resume: str) -> RunFolder:
@@ -139,6 +158,7 @@ class RunFolder:
         """A time-stamped line in log.txt. A disk that is full must not end a run before its checkpoint does."""
         if not self.main:
             return
+        self.guard()
         try:
             with open(self.path / LOG, "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}\n")
@@ -149,6 +169,7 @@ class RunFolder:
         """A line in grids.jsonl: a table of an evaluation, for the report."""
         if not self.main:
             return
+        self.guard()
         try:
             with open(self.path / GRIDS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **grid}) + "\n")
@@ -172,12 +193,15 @@ class RunFolder:
         changed = self.changed
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.claim()
             self.write_config(resolved)
             before = self._environment()
             now = environment(resolved.recipe.run.seed)
             past = [*before.get("before", []), {k: v for k, v in before.items() if k != "before"}] if before else []
             self.write_json(ENVIRONMENT, {"id": before.get("id", uuid.uuid4().hex[:12]), **now, "before": past})
             self.log(f"{'resumed' if self.resumed else 'started'}: {now['command']}")
+            if over := self.attempt.record.get("took_over"):
+                self.log(f"attempt {self.attempt.generation} took over: the one before has no end, and {over}")
             for key, old, new in changed:
                 self.log(f"changed: {key} from {old} to {new}")
         except OSError as error:
@@ -193,6 +217,7 @@ class RunFolder:
         """Whole or not at all."""
         if not self.main:
             return
+        self.guard()
         partial = self.path / f".{name}.partial"
         try:
             partial.write_text(text, encoding="utf-8")

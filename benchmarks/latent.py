@@ -1,8 +1,8 @@
-"""Latent attention: what its start costs, what its cache holds, how fast it decodes.
+"""Latent attention: what its start costs, what its cache holds. (How fast it decodes: latent_decode.py.)
 
-    python benchmarks/latent.py start --layers 16      # of Llama-3.2-1B's shapes, against an SVD of the repeated heads
+    python benchmarks/latent.py start                  # of Llama-3.2-1B's shapes, against an SVD of the repeated heads
+    python benchmarks/latent.py start --only ours      # the memory of one of the three: repeated, ours, default
     python benchmarks/latent.py cache                  # bytes per token of the published sizes
-    python benchmarks/latent.py decode --context 1024 4096 16384     # one layer, one token
 
 Weights are drawn: no time here depends on them. Times are CPU seconds of one thread, and variants take turns.
 """
@@ -15,7 +15,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +27,11 @@ from adapt.conversion.latent_shape import LatentShape, TeacherShape, kv_ratio
 from adapt.conversion.latent_start import Attention, rope_dims, start_layer
 
 LLAMA_1B = TeacherShape(2048, 32, 8, 64)
+STARTS = {
+    "repeated": "repeated heads, torch.linalg.svd",
+    "ours": "the same factors, ours",
+    "default": "our default: dense queries, covariance",
+}
 BYTES = 2
 """Of a number in bfloat16."""
 SIZES = {
@@ -45,20 +49,16 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     starts = verbs.add_parser("start")
     starts.add_argument("--layers", type=int, default=16)
+    starts.add_argument("--only", choices=STARTS)
     verbs.add_parser("cache")
-    decodes = verbs.add_parser("decode")
-    decodes.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 16384])
-    decodes.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"start": lambda: start(args.layers), "cache": cache, "decode": lambda: decode(args.context, args.turns)}[
-        args.verb
-    ]()
+    {"start": lambda: start(args.layers, args.only), "cache": cache}[args.verb]()
 
 
-def start(layers: int) -> None:
-    """CPU seconds of the decompositions of all layers."""
-    shape, seconds = LLAMA_1B, {}
+def start(layers: int, only: str | None) -> None:
+    """CPU seconds of the decompositions of all layers; each layer is decomposed by all variants in turn."""
+    shape, seconds = LLAMA_1B, {name: [] for name in (STARTS if only is None else [only])}
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     torch.manual_seed(0)
     for _ in range(layers):
@@ -66,17 +66,21 @@ def start(layers: int) -> None:
         x = torch.randn(4096, shape.hidden)
         covariance = (x.T @ x).double() / len(x)
         variants = {
-            "repeated heads, torch.linalg.svd": lambda q=q, k=k, v=v: repeated(q, k, v, shape),
-            "the same factors, ours": lambda q=q, k=k, v=v: (spectrum(q), spectrum(torch.cat([k, v]))),
-            "our default: dense queries, covariance": lambda q=q, k=k, v=v, c=covariance: start_layer(
+            "repeated": lambda q=q, k=k, v=v: repeated(q, k, v, shape),
+            "ours": lambda q=q, k=k, v=v: (spectrum(q), spectrum(torch.cat([k, v]))),
+            "default": lambda q=q, k=k, v=v, c=covariance: start_layer(
                 Attention(q, k, v, q.T), shape, rope_dims("high", 64, 32, 32), "pca", c
             ).weights(128),
         }
-        for name, call in variants.items():
-            seconds[name] = seconds.get(name, 0.0) + timed(call)
-    slowest = max(seconds.values())
-    for name, total in seconds.items():
-        print(f"{name:45s} {total:8.2f} s for {layers} layers, {slowest / total:6.1f} x")
+        for name, taken in seconds.items():
+            taken.append(timed(variants[name]))
+    base = next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        ratios = sorted(theirs / ours for theirs, ours in zip(base, taken, strict=True))
+        print(
+            f"{STARTS[name]:40s} {sum(taken):7.2f} s for {layers} layers, {sum(base) / sum(taken):5.2f} x "
+            f"(by layer: {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f})"
+        )
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
@@ -97,76 +101,6 @@ def cache() -> None:
             print(
                 f"{'':14s} {rank:4d} + {rope:2d}  {layer.cache * layers * BYTES:9,}  {share:7.2%}  {1 / share:5.2f} x less"
             )
-
-
-def decode(contexts: list[int], turns: int) -> None:
-    """CPU milliseconds of one token in one layer of Llama-3.2-1B's shape with `context` tokens in the cache, fp32: the
-    teacher's grouped attention, and a latent of 12.5 % and 50 % as transformers decodes it (expanded anew) and absorbed."""
-    from transformers import AutoConfig
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-
-    from adapt.models.latent_attention import LatentAttention, LatentSpec
-
-    shape = LLAMA_1B
-    rope = {"rope_theta": 500000.0, "rope_type": "default"}
-    llama = AutoConfig.for_model(
-        "llama", hidden_size=shape.hidden, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, rope_parameters=rope, max_position_embeddings=131072,
-    )  # fmt: skip
-    llama._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    x = torch.randn(1, 1, shape.hidden)
-    for context in contexts:
-        place = torch.tensor([[context]])
-        variants: dict[str, Callable] = {}
-        theirs = LlamaAttention(llama, 0).eval()
-        turn = LlamaRotaryEmbedding(llama)(x, place)
-        held = [torch.randn(1, shape.kv_heads, context, shape.head_dim) for _ in range(2)]
-        variants["grouped attention, transformers"] = lambda m=theirs, t=turn, h=held: partial(
-            m, x, t, None, past_key_values=Held(*h)
-        )
-        for share, rank in ((0.125, 96), (0.5, 480)):
-            spec = LatentSpec(
-                hidden_size=shape.hidden, num_heads=shape.heads, kv_rank=rank, nope_dim=32, rope_dim=32, v_dim=64, rope=rope
-            )  # fmt: skip
-            ours = LatentAttention(spec, 0).eval()
-            deepseek = AutoConfig.for_model(
-                "deepseek_v3", hidden_size=shape.hidden, num_attention_heads=shape.heads, kv_lora_rank=rank,
-                num_key_value_heads=shape.heads, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
-                rope_parameters=rope, max_position_embeddings=131072,
-            )  # fmt: skip
-            deepseek._attn_implementation = "sdpa"
-            stock = DeepseekV3Attention(deepseek, 0).eval()
-            stock.load_state_dict(ours.state_dict())
-            turn = DeepseekV3RotaryEmbedding(deepseek)(x, place)
-            held = torch.randn(1, 1, context, rank), torch.randn(1, 1, context, 32)
-            variants[f"latent {share:.1%}, transformers"] = lambda m=stock, t=turn, h=held: partial(
-                m, x, t, None, past_key_values=Held(*h)
-            )
-            variants[f"latent {share:.1%}, absorbed"] = lambda m=ours, p=place, h=held: partial(
-                m, x, p, past_key_values=Held(*h)
-            )
-        best = dict.fromkeys(variants, float("inf"))
-        for _ in range(turns):
-            for name, prepare in variants.items():
-                with torch.inference_mode():
-                    best[name] = min(best[name], timed(prepare()))
-        for name, seconds in best.items():
-            print(f"context {context:6d}  {name:34s} {1000 * seconds:9.2f} ms")
-
-
-class Held:
-    """A cache of one layer with tokens in it. A step appends to it, which copies it, as in transformers."""
-
-    def __init__(self, keys, values):
-        from transformers.cache_utils import DynamicLayer
-
-        self.layer = DynamicLayer()
-        self.layer.update(keys, values)
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        return self.layer.update(keys, values)
 
 
 def timed(call: Callable) -> float:

@@ -3,9 +3,11 @@
     python benchmarks/steps.py lce                   # linear + cross-entropy, 2048 x 576 -> 49152
     python benchmarks/steps.py diffusion -L 1024     # block-diffusion step, b = 32
     python benchmarks/steps.py ar                    # AR training, 4 x 512: adapt fit, bare loop, Hugging Face Trainer
+    python benchmarks/steps.py transfer              # attention transfer against the teacher's forward and backward
+    python benchmarks/steps.py kd                    # distillation from a frozen teacher against full logits of both
 
-Each arm runs in a process of its own with one thread, the arms take turns, and the table gives medians and ratios of
-CPU seconds, which other processes on the machine disturb little. Weights are random
+Each arm runs in a process of its own with one thread, the arms take turns, and the table gives medians of CPU seconds,
+which other processes on the machine disturb little, and of the rounds' ratios. Weights are random
 (SmolLM2-135M shapes): a step's cost does not depend on them.
 """
 
@@ -34,13 +36,15 @@ ARMS = {
     "lce": ["ours", "naive"],
     "diffusion": ["ours", "plain", "ours_ar", "ours_ckpt", "plain_ckpt"],
     "ar": ["bare", "fit", "hf_trainer", "fit_ckpt"],
+    "transfer": ["teacher", "ours"],
+    "kd": ["naive", "ours"],
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=ARMS)
-    parser.add_argument("-L", type=int, default=1024, help="clean tokens per row (diffusion)")
+    parser.add_argument("-L", type=int, default=1024, help="clean tokens per row (diffusion, transfer, kd)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process, after one warm-up")
     parser.add_argument("--layers", type=int, default=30)
@@ -63,16 +67,17 @@ def main() -> None:
             print(arm, results[arm][-1], file=sys.stderr, flush=True)
     print(f"| {args.case} | CPU s per step (median, min-max) | x {arms[0]} | peak, MiB | x | beyond state, MiB | x |")
     print("|---|---|---|---|---|---|---|")
-    base = {k: statistics.median(r[k] for r in results[arms[0]]) for k in ("seconds", "peak", "beyond")}
     for arm in arms:
-        times = [r["seconds"] for r in results[arm]]
-        median = {k: statistics.median(r[k] for r in results[arm]) for k in base}
+        times, rounds = [r["seconds"] for r in results[arm]], list(zip(results[arm], results[arms[0]], strict=True))
+        median = {k: statistics.median(r[k] for r in results[arm]) for k in results[arm][0]}
+        ratio = {k: statistics.median(r[k] / base[k] for r, base in rounds) for k in ("seconds", "peak", "beyond")}
         print(
-            f"| {arm} | {median['seconds']:.2f} ({min(times):.2f}-{max(times):.2f}) "
-            f"| {median['seconds'] / base['seconds']:.2f} | {median['peak'] / 2**20:.0f} "
-            f"| {median['peak'] / base['peak']:.2f} | {median['beyond'] / 2**20:.0f} "
-            f"| {median['beyond'] / base['beyond']:.2f} |"
+            f"| {arm} | {median['seconds']:.2f} ({min(times):.2f}-{max(times):.2f}) | {ratio['seconds']:.2f} "
+            f"| {median['peak'] / 2**20:.0f} | {ratio['peak']:.2f} | {median['beyond'] / 2**20:.0f} "
+            f"| {ratio['beyond']:.2f} |"
         )
+        if "models" in median:
+            print(f"{arm}: building its models took {median['models'] / 2**20:.0f} MiB", file=sys.stderr)
 
 
 def peak() -> int:
@@ -87,6 +92,10 @@ def resident() -> int:
 def run(case: str, arm: str, args: argparse.Namespace) -> dict[str, float]:
     if case == "lce":
         return run_lce(arm)
+    if case in ("transfer", "kd"):
+        from benchmarks import distillation
+
+        return distillation.run(case, arm, args)
     if arm.startswith("fit"):
         return adapt_fit(args.layers, args.steps, checkpointing=arm.endswith("_ckpt"))
     import torch

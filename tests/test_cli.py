@@ -120,6 +120,7 @@ def test_validate_prints_a_recipe(recipe_file, capsys):
         ({"trainer": {"devices": 3}}, "trainer.batch_tokens"),
         ({"trainer": {"devices": 2, "mesh": {"replicate": 3}}}, "trainer.mesh"),
         ({"trainer": {"non_finite": "rewind"}}, "checkpoint.every"),
+        ({"trainer": {"spike": 1.0}}, "trainer.spike"),
         ({"trainer": {"clip": 0.0}}, "trainer.clip"),
         ({"data": {"seq_len": 1}}, "data.seq_len"),
         ({"data": {"seq_len": 1024}, "trainer": {"batch_tokens": 1024}}, "data.seq_len"),

@@ -47,7 +47,7 @@ def test_nothing_shadows_hugging_face_tokenizers():
     assert not Path(shown.stdout.strip()).is_relative_to(ROOT / "tokenizers")
 
 
-@pytest.mark.parametrize("name", ["models", "configs", "tokenizers"])
+@pytest.mark.parametrize("name", ["models", "configs", "tokenizers", "slurm"])
 def test_one_step_from_the_top(name):
     assert (ROOT / name).is_symlink()
     assert (ROOT / name).resolve() == PACKAGE / name
@@ -73,7 +73,7 @@ def test_the_wheel_has_the_recipes_and_only_adapt(tmp_path):
     for path in (*shipped_tokenizers().values(), *shipped_tokenizers(PruneRecipe).values()):
         assert str(path.relative_to(ROOT)) in names
     for path in PACKAGE.rglob("*"):
-        if path.suffix in (".py", ".html", ".md", ".yaml"):
+        if path.suffix in (".py", ".html", ".md", ".yaml", ".sbatch"):
             assert str(path.relative_to(ROOT)) in names
     target = tmp_path / "installed"
     install = python("-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", str(target), str(wheel))

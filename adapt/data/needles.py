@@ -8,6 +8,7 @@ prompts in our own words.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from adapt.data.noise import generator
 from adapt.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Part of the fingerprint of sources: raise it when a text changes."""
 FILLER = (
     "The grass is green.",
@@ -30,8 +31,6 @@ STATEMENT = (
     "Important information is hidden in a lot of irrelevant text. Find it and memorise it: there will be a question."
 )
 FIRST_KEY, LAST_KEY = 10_000, 99_999
-HELD_OUT_FROM = 55_000
-"""Keys below are for training, the others for measuring: a model that has learned keys by heart finds none of them."""
 NEAR = 96
 """Characters around the end of a bisection in which an exact fit is looked for."""
 
@@ -47,10 +46,20 @@ class Trial:
     """Where each answer stands in the text before the question, from 0 to 1."""
 
 
+def split_of(key: int) -> Split:
+    """Which keys are for training and which for measuring: a model that has learned keys by heart finds none of the
+    others. Half of them each, by a hash: a cut of the range would keep first digits from training, a rule on digits
+    would show in the last one."""
+    digest = hashlib.blake2b(str(key).encode(), digest_size=1).digest()
+    return "train" if digest[0] % 2 else "held-out"
+
+
 def key_of(rng: Any, split: Split) -> int:
-    """Five digits, of the split's own half of the range."""
-    first, last = (FIRST_KEY, HELD_OUT_FROM - 1) if split == "train" else (HELD_OUT_FROM, LAST_KEY)
-    return int(rng.integers(first, last + 1))
+    """Five digits, of the split's own half of the numbers."""
+    while True:
+        key = int(rng.integers(FIRST_KEY, LAST_KEY + 1))
+        if split_of(key) == split:
+            return key
 
 
 def as_answer(text: str, chat: bool) -> str:

@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from adapt.attempts import Attempt
 from adapt.distributed.checksums import SummingWriter, damage_of, put, put_sums, sync_folder
 from adapt.distributed.world import World, together
 from adapt.errors import UserError
@@ -42,6 +43,19 @@ class Draft:
     tensors: dict[str, torch.Tensor]
     texts: dict[str, str]
     """File -> what rank 0 writes into it."""
+    attempt: Attempt | None = None
+    """Whose it is: one that has been superseded writes nothing."""
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written first; no other attempt's ranks write there."""
+        of = "" if self.attempt is None else f".{self.attempt.generation}"
+        return self.final.with_name(f".partial-{self.final.name}{of}")
+
+    def check(self) -> None:
+        """Raises Superseded."""
+        if self.attempt is not None:
+            self.attempt.check()
 
 
 def draft(
@@ -51,10 +65,11 @@ def draft(
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     name: str | None = None,
+    attempt: Attempt | None = None,
 ) -> Draft:
     """`folder/step-<step>`, or `folder/<name>`, which is never pruned. Its tensors are those that train."""
     texts = {ALGORITHMS: json.dumps(algorithms(root, optimizer), indent=1), STATE: json.dumps(state, indent=1)}
-    return Draft(folder / (name or f"step-{step}"), step, _tensors(root, optimizer), texts)
+    return Draft(folder / (name or f"step-{step}"), step, _tensors(root, optimizer), texts, attempt)
 
 
 def save(
@@ -65,17 +80,19 @@ def save(
     state: dict[str, Any],
     world: World,
     name: str | None = None,
+    attempt: Attempt | None = None,
 ) -> Path:
     """Draft and write while everything waits (adapt.distributed.saver: while training goes on)."""
-    return write(draft(folder, step, root, optimizer, state, name), world)
+    return write(draft(folder, step, root, optimizer, state, name, attempt), world)
 
 
 def write(
     made: Draft, world: World, group: dist.ProcessGroup | None = None, then: Callable[[], None] = lambda: None
 ) -> Path:
     """From all ranks, which agree over `group`; rank 0 does `then` at the end. Raises UserError (disk full, read-only) on
-    all of them, with the checkpoints before it intact."""
-    partial = made.final.with_name(f".partial-{made.final.name}")
+    all of them and Superseded (a newer attempt has the run folder), with the checkpoints before it intact."""
+    partial = made.partial
+    made.check()
 
     def write_share() -> dict[str, str]:
         writer = SummingWriter(partial)
@@ -89,7 +106,7 @@ def write(
     try:
         together(lambda: shutil.rmtree(partial, ignore_errors=True) if world.main else None, group)
         shares = together(write_share, group)
-        together(lambda: _finish(partial, made.final, shares, then) if world.main else None, group)
+        together(lambda: _finish(made, shares, then) if world.main else None, group)
     except (OSError, RuntimeError) as failure:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -108,10 +125,12 @@ def _reason(failure: Exception) -> str:
     return "; ".join(told)
 
 
-def _finish(partial: Path, final: Path, shares: list[dict[str, str]], then: Callable[[], None]) -> None:
+def _finish(made: Draft, shares: list[dict[str, str]], then: Callable[[], None]) -> None:
     """Rank 0, when all is written: the one place where a checkpoint comes to be."""
+    partial, final = made.partial, made.final
     put_sums(partial, {name: digest for share in shares for name, digest in share.items()})
     sync_folder(partial)
+    made.check()
     replaced = final.with_name(f".replaced-{final.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # moved aside, not deleted: between any two of these lines one of them is whole
@@ -130,7 +149,7 @@ def recover(folder: Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(replaced, final)
-    for partial in folder.glob(".partial-step-*"):
+    for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 

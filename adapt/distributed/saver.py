@@ -1,7 +1,7 @@
 """Checkpoints written while training goes on: it waits for a copy of what it trains, and the rest is a thread's.
 
 The copy is in the host's memory: weights and optimizer state of this rank's shard once more, held from the first such save
-to the end of the run, so that later saves find their pages (pinned, where there is a GPU). The ranks' threads agree among
+to the end of the stage, so that later saves find their pages (pinned, where there is a GPU). The ranks' threads agree among
 themselves over a group of their own. A process that is killed meanwhile leaves a `.partial` folder and the checkpoints
 before it.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adapt.attempts import Attempt
 from adapt.distributed.checkpoint import Draft, draft, write
-from adapt.distributed.world import COLLECTIVE_TIMEOUT, World
+from adapt.distributed.world import World
 from adapt.errors import UserError
 
+SLOWEST = timedelta(minutes=30)
+"""How long a rank's thread waits for the slowest of the others to write its share."""
 PATIENCE_AT_THE_END = 600
 """Seconds that a run which ends by an error leaves to a save under way, where there are other ranks to wait for."""
 
@@ -35,7 +40,7 @@ class Saver:
         self._saving: _Saving | None = None
         self._untold: list[_Saving] = []
         self._copies: dict[str, Tensor] = {}
-        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.grouped else None
+        self._group = dist.new_group(backend="gloo", timeout=SLOWEST) if world.grouped else None
 
     def __enter__(self) -> Saver:
         return self
@@ -63,6 +68,7 @@ class Saver:
         optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
         *,
+        attempt: Attempt | None,
         wait: bool,
         then: Callable[[], None] = lambda: None,
     ) -> None:
@@ -70,12 +76,13 @@ class Saver:
         `then` once it is there. Raises the UserError of this save (`wait`) or the one before. Collective."""
         self.finish()
         started = time.perf_counter()
-        made = draft(folder, step, root, optimizer, state)
+        made = draft(folder, step, root, optimizer, state, attempt=attempt)
         if not wait:
-            made = Draft(made.final, step, self._copied(made.tensors), made.texts)
+            made = replace(made, tensors=self._copied(made.tensors))
         saving = self._saving = _Saving(made, self.world, self._group, then, started)
         self._untold.append(saving)
         if wait:
+            self._copies = {}  # an export may need the room
             saving.run()
             self.finish()
         else:

@@ -7,23 +7,32 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adapt.errors import UserError
+from adapt.distributed.watch import Watch
+from adapt.errors import RankLost, StopRequested, UserError
+
+if TYPE_CHECKING:
+    from adapt.train.signals import StopFlag
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others within a step."""
+MARGIN = timedelta(minutes=2)
+"""How much longer than `trainer.timeout` collectives themselves wait: the watch names the missing rank before."""
 PATIENCE = timedelta(days=2)
-"""How long they wait while rank 0 works alone: preparing data, exporting. If it dies, they notice at once."""
+"""How long they wait while rank 0 works alone: preparing data, exporting. If it dies, the watch notices."""
+
+POLL = 0.05
+"""Seconds between two looks whether rank 0 is done."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class World:
     device: torch.device
     patient: dist.ProcessGroup | None = None
     """All ranks, on the CPU, with PATIENCE."""
+    watch: Watch | None = None
+    """Of several ranks."""
 
     @property
     def main(self) -> bool:
@@ -55,7 +66,8 @@ class World:
             return list(numbers)
         exact = all(isinstance(n, int) for n in numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64 if exact else torch.float64)
-        dist.all_reduce(tensor)
+        with self._coming():
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def least(self, number: int) -> int:
@@ -63,37 +75,59 @@ class World:
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        with self._coming():
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
-    def wait(self, failed: bool = False) -> bool:
-        """Until every rank is here, however long rank 0 works alone. Whether any of them failed."""
+    def wait(self, outcome: int = 0) -> int:
+        """Until every rank is here, however long rank 0 works alone. The largest outcome of all ranks."""
         if self.size == 1:
-            return failed
-        tensor = torch.tensor(int(failed))
-        dist.all_reduce(tensor, group=self.patient)
-        return bool(tensor)
+            return outcome
+        tensor = torch.tensor(outcome)
+        with self._coming(patient=True):
+            work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.patient, async_op=True)
+            while not work.is_completed():  # in Python: signals are handled meanwhile
+                time.sleep(POLL)
+            work.wait()
+        return int(tensor)
 
     def add_up(self, values: Tensor) -> Tensor:
         """Sum a small tensor over all ranks, on its own device."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with self._coming():
+                dist.all_reduce(values)
         return values
 
+    def at(self, phase: str, step: int = 0) -> None:
+        """For the watch: what this rank does now."""
+        if self.watch is not None:
+            self.watch.at(phase, step)
 
-def on_main(world: World, work: Callable[[], T]) -> T | None:
+    def _coming(self, patient: bool = False) -> AbstractContextManager[None]:
+        return nullcontext() if self.watch is None else self.watch.collective(patient)
+
+
+FINE, FAILED, STOPPED = 0, 1, 2
+
+
+def on_main(world: World, work: Callable[[], T], flag: StopFlag | None = None) -> T | None:
     """Run `work` on rank 0 while the others wait. An error of the user's is raised there and told once: the other ranks
-    leave without a word."""
-    result, error = None, None
+    leave without a word. With `flag`, a signal cuts the work off, and every rank raises StopRequested."""
+    result, outcome, error = None, FINE, None
     if world.main:
         try:
-            result = work()
+            with nullcontext() if flag is None else flag.at_once("while rank 0 worked alone; nothing was to be saved"):
+                result = work()
         except UserError as raised:
-            error = raised
-    failed = world.wait(error is not None)
+            outcome, error = FAILED, raised
+        except StopRequested as raised:
+            outcome, error = STOPPED, raised
+    outcome = world.wait(outcome)
     if error is not None:
         raise error
-    if failed:
+    if outcome == STOPPED:
+        raise StopRequested("stopped with rank 0")
+    if outcome == FAILED:
         raise SystemExit(0)  # rank 0 has the exit code that counts
     return result
 
@@ -127,8 +161,9 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     return [result for result, _ in told]
 
 
-def start(devices: int | str) -> World:
-    """Join the processes torchrun or srun started, or start `devices` of them on this machine. Call once."""
+def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None) -> World:
+    """Join the processes torchrun or srun started, or start `devices` of them on this machine. Call once. `timeout`:
+    seconds that ranks wait for each other within a step; `flag`: set on all ranks when it is on one."""
     cuda = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         _from_slurm()
@@ -145,10 +180,37 @@ def start(devices: int | str) -> World:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        _meet("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout))
     if dist.is_initialized():
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(rank, local_rank, size, local_size, device, patient)
+    if size == 1:
+        return World(rank, local_rank, size, local_size, device, patient)
+    watch = Watch(rank, size, timeout, flag)
+    world = World(rank, local_rank, size, local_size, device, patient, watch)
+    world.barrier()
+    watch.start()
+    return world
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Join the process group. Raises RankLost where not all come."""
+    try:
+        dist.init_process_group(backend, timeout=timeout + MARGIN)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def on_loss(world: World, tell: Callable[[int, str], None]) -> None:
+    """`tell(exit code, reason)` before this process ends because another rank did."""
+    _last_words[:] = [tell]
+    if world.watch is not None:
+        world.watch.lost = tell
+
+
+_last_words: list[Callable[[int, str], None]] = []
 
 
 def place_of_its_own(turn: int) -> dict[str, str]:
@@ -211,7 +273,11 @@ def _spawn(count: int) -> None:
 
 def _watch(child: subprocess.Popen, rank: int) -> None:
     code = child.wait()
-    if code not in (0, 75):
-        print(f"rank {rank} ended with exit code {code}; stopping. Its message stands above.", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(code if code in (1, 2) else 1)
+    if code in (0, 75):
+        return
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}; its message stands above"
+    print(f"rank {rank} {how}; stopping. Go on with --resume.", file=sys.stderr, flush=True)
+    code = code if code in (1, 2) else RankLost.exit_code
+    for tell in _last_words:
+        tell(code, f"rank {rank} {how}")
+    os._exit(code)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def export_folder(
     provenance: dict[str, Any],
     manifest: dict[str, Any] | None = None,
     extra_config: dict[str, Any] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `model` (a plain transformers causal LM on the CPU, adapters merged) as the folder `out`.
 
@@ -50,6 +52,7 @@ def export_folder(
         and what the card knows into the card.
     extra_config: what generation needs (`block_size`, `threshold`, `mask_token_id`, `shift`, `context_mask`), for both
         config.json and generation_config.json.
+    check: called before the folder is begun and before it takes its place; raises where it may not.
     """
     from safetensors import SafetensorError
 
@@ -57,6 +60,7 @@ def export_folder(
 
     out = Path(out)
     _refuse_foreign(out)
+    check()
     if manifest is not None:
         provenance = {**provenance, "data": _datasets(manifest)}
     extra_config = dict(extra_config or {})
@@ -80,9 +84,9 @@ def export_folder(
             if "mask_token_id" in extra_config:  # it decodes by block diffusion where adapt is not installed, too
                 (folder / "custom_generate").mkdir()
                 shutil.copyfile(CUSTOM_GENERATE, folder / "custom_generate" / CUSTOM_GENERATE.name)
-            check = compare(reload(folder, recipe.export.dtype), stock, trained=model, tokenizer=tokenizer)
+            compared = compare(reload(folder, recipe.export.dtype), stock, trained=model, tokenizer=tokenizer)
             record = {
-                "export": {"target": recipe.export.target, **check},
+                "export": {"target": recipe.export.target, **compared},
                 "results": results,
                 **provenance,
                 "generation": extra_config,
@@ -96,7 +100,7 @@ def export_folder(
                 provenance=provenance,
                 config=stock.config,
                 extra=extra_config,
-                check=check,
+                check=compared,
                 chat=tokenizer.chat_template is not None,
             )
             (folder / "README.md").write_text(printable(card))
@@ -104,6 +108,7 @@ def export_folder(
     except (OSError, SafetensorError) as error:  # safetensors has its own exception for a full disk
         reason = getattr(error, "strerror", None) or error
         raise UserError(Problem("export", f"{out} cannot be written: {reason}; nothing was left behind")) from error
+    check()
     _swap(out.with_name(f"{out.name}.new"), out)
     return out
 

@@ -25,6 +25,7 @@ def open_model(text: str) -> Opened:
     from transformers.utils.logging import disable_progress_bar
 
     from adapt.config.schema import Model, Tokenizer
+    from adapt.generation.absorb import absorb
     from adapt.pretrained import load_model, load_tokenizer
     from adapt.pretrained.check import mask_problems
 
@@ -43,7 +44,7 @@ def open_model(text: str) -> Opened:
         model, tokenizer = load_model(wanted, device=device), load_tokenizer(wanted)
         if problems := mask_problems(tokenizer, model.config):
             raise UserError(problems)
-        return Opened(model, tokenizer, run)
+        return Opened(absorb(model), tokenizer, run)
     except UserError as error:  # here nobody wrote a recipe with `model.base` in it
         raise UserError([Problem("" if p.where == "model.base" else p.where, p.what) for p in error.problems]) from None
 

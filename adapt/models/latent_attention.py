@@ -83,6 +83,7 @@ class LatentAttention(nn.Module):
         """`config`: the model's, whose attention implementation the expanded form calls where no plan is given."""
         super().__init__()
         self.spec, self.layer_idx, self.config = spec, layer_idx, config
+        self.scale = spec.scale
         heads = spec.num_heads
         queries = heads * (spec.nope_dim + spec.rope_dim)
         if spec.q_rank is None:
@@ -114,8 +115,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self._queries(hidden_states).split([spec.nope_dim, spec.rope_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([spec.kv_rank, spec.rope_dim], -1)
         latent, k_rope = self.kv_a_layernorm(latent)[:, None], k_rope[:, None]
-        cos, sin = rotation(position_ids, spec.rope, spec.rope_dim)
-        q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
+        q_rope, k_rope = self.turned(q_rope, k_rope, position_ids, **kwargs)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
         absorb = plan is None and not self.training and self._absorbing_is_less(q_nope.shape[2], latent.shape[2])
@@ -124,6 +124,11 @@ class LatentAttention(nn.Module):
         else:
             out = self.expanded(q_nope, q_rope, latent, k_rope, attention_mask, plan)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def turned(self, q_rope: Tensor, k_rope: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        """[B, H, Q, d_r] and [B, 1, Q, d_r] at their positions."""
+        cos, sin = rotation(position_ids, self.spec.rope, self.spec.rope_dim)
+        return rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
 
     def expanded(
         self,
@@ -153,14 +158,14 @@ class LatentAttention(nn.Module):
         rows, heads, new, _ = q_nope.shape
         up = self.kv_b_proj.weight.unflatten(0, (heads, -1))  # [H, d_n + d_v, r]
         up_key, up_value = up.split([spec.nope_dim, spec.v_dim], 1)
-        q_latent = (q_nope @ up_key).flatten(1, 2)  # [B, H Q, r]
+        q_latent = torch.einsum("bhqd,hdr->bhqr", q_nope, up_key).flatten(1, 2)  # `@` would copy the map for each row
         latent, k_rope = latent[:, 0], k_rope[:, 0]
-        scores = q_latent @ latent.mT + q_rope.flatten(1, 2) @ k_rope.mT  # [B, H Q, S]
-        scores = (scores * spec.scale).unflatten(1, (heads, new))
+        scores = q_rope.flatten(1, 2) @ k_rope.mT  # [B, H Q, S]
+        scores = torch.baddbmm(scores, q_latent, latent.mT, beta=self.scale, alpha=self.scale).unflatten(1, (heads, new))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weights = masked(scores, mask).softmax(-1).to(latent.dtype)
         out = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, new))
-        return out @ up_value.mT
+        return torch.einsum("bhqr,hdr->bhqd", out, up_value)
 
     def _queries(self, hidden: Tensor) -> Tensor:
         """[B, Q, d] -> [B, H, Q, d_n + d_r]"""
@@ -187,7 +192,7 @@ class LatentAttention(nn.Module):
 
             call = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
         more = {} if plan is None else {"plan": plan}
-        return call(self, q, k, v, mask, scaling=self.spec.scale, dropout=dropout, **more)[0]
+        return call(self, q, k, v, mask, scaling=self.scale, dropout=dropout, **more)[0]
 
 
 class Latent(LatentAttention):

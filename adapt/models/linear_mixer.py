@@ -7,10 +7,12 @@ Legend: B rows, S tokens, D hidden size, H query heads, G key/value heads, d hea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks import blocks
@@ -73,6 +75,7 @@ class LinearMixer(nn.Module):
         past_key_values: Any = None,
         tokens: Tokens | None = None,
         transfer: Tensor | None = None,
+        learning: bool = False,
         plan: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -82,7 +85,8 @@ class LinearMixer(nn.Module):
         rotary = (position_embeddings, self.family.apply_rotary)
         tokens = tokens or Tokens()
         if transfer is not None:
-            return self._taught(hidden_states, q, k, v, rotary, tokens, transfer, attention_mask, plan)
+            taught = self.softmax_heads(q, k, v, rotary, attention_mask, plan)
+            return self.o_proj(taught), self._report(hidden_states, q, k, v, rotary, tokens, transfer, taught, learning)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         heads, states = in_pieces(self.recurrence, hidden_states, q, k, v, rotary, tokens, layer and layer.states)
         if layer is not None:
@@ -95,17 +99,20 @@ class LinearMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _taught(self, x, q, k, v, rotary, tokens, transfer, attention_mask, plan) -> tuple[Tensor, Tensor]:
+    def _report(self, x, q, k, v, rotary, tokens, transfer, taught, learning: bool) -> Tensor:
         """The layer's output is the teacher's, so the next layer sees what it would see in the teacher, and every
-        layer learns by itself: nothing flows into the projections or into the layers before."""
+        layer learns by itself: nothing flows into the projections or into the layers before. Its gradients are therefore
+        formed at once, and of all the layers' activations one layer's exist."""
+        with torch.set_grad_enabled(learning), _kept():
+            found, _ = self.recurrence(x, q, k, v, rotary, tokens, None)
+            loss, relative = _errors(found.flatten(2), taught, transfer)
+            if learning:
+                loss = settled(loss, self.recurrence.parameters())
         with torch.no_grad():
-            taught = self.softmax_heads(q, k, v, rotary, attention_mask, plan)
-            out = self.o_proj(taught)
-        with torch.enable_grad():
-            found, _ = self.recurrence(x.detach(), q.detach(), k.detach(), v.detach(), rotary, tokens, None)
-            errors = _errors(found.flatten(2), taught, transfer)
-            half_life = (-math.log(2) / self.recurrence.log_decays(x).detach().clamp(max=-1e-9)).log2().mean((1, 3))
-            return out, torch.cat([errors, (half_life * transfer).sum()[None]])
+            half_life = (-math.log(2) / self.recurrence.log_decays(x).clamp(max=-1e-9)).log2().mean((1, 3))
+            rest = relative, (half_life * transfer).sum()
+        with torch.set_grad_enabled(learning):
+            return torch.stack([loss, *rest])
 
     def softmax_heads(self, q, k, v, rotary, attention_mask, plan) -> Tensor:
         """[B, S, H d] the heads' outputs of the attention this layer had, as its family computes them."""
@@ -118,11 +125,40 @@ class LinearMixer(nn.Module):
         return out.flatten(2).contiguous()
 
 
-def _errors(found: Tensor, taught: Tensor, weight: Tensor) -> Tensor:
-    """found, taught [B, S, H d], weight [B, S] -> [2]: sums over tokens of the mean squared error, and of
+def _errors(found: Tensor, taught: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """found, taught [B, S, H d], weight [B, S] -> sums over tokens of the mean squared error, and of
     |found - taught|^2 / |taught|^2 (for reading, without gradient); in float32 or wider."""
     dtype = torch.promote_types(found.dtype, torch.float32)
     square = (found.to(dtype) - taught.to(dtype)).square()
     mean = (square.mean(-1) * weight).sum()
     relative = square.detach().sum(-1) / taught.to(dtype).square().sum(-1).clamp_min(1e-12)
-    return torch.stack([mean, (relative * weight).sum()])
+    return mean, (relative * weight).sum()
+
+
+def settled(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The same number with the same gradients, found now, so that what they are computed from can go."""
+    learn = [p for p in parameters if p.requires_grad]
+    if not learn:
+        return loss.detach()
+    return _Settled.apply(loss.detach(), torch.autograd.grad(loss, learn, materialize_grads=True), *learn)
+
+
+class _Settled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        return None, None, *[g * grad.to(g.dtype) for g in ctx.grads]
+
+
+def _kept() -> torch.autograd.graph.saved_tensors_hooks:
+    """Against activation checkpointing around the layer, which would compute again what is needed at once."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -10,7 +10,8 @@ called with keywords:
     plan                 for packed documents, which attention.py's attention reads (None: the mask counts),
     tokens               documents and padding, for recurrences (tokens.py),
     past_key_values      a cache with `layers[layer_idx]` of the mixer's own `cache_layer` class (None: no cache),
-    transfer [B, S]      weights of tokens while layers learn from the attention they replace (None otherwise)
+    transfer [B, S]      weights of tokens while layers learn from the attention they replace (None otherwise),
+    learning             with `transfer`: whether they learn, or are only measured
 
 and returns (output [B, S, D], anything). Class attributes: `cache_layer`, what it keeps while decoding; `created`, the
 submodule that holds what the base did not have (kept in float32); `learns`: with `transfer`, the output is the
@@ -70,8 +71,9 @@ class AdaptedLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, S, D], and with `transfer` the layer's errors, which then alone have a gradient."""
-        own = {"tokens": tokens, "transfer": transfer} if self.mixer in MIXERS else {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and transfer is None):
+        graded = torch.is_grad_enabled()
+        own = {"tokens": tokens, "transfer": transfer, "learning": graded} if self.mixer in MIXERS else {}
+        with torch.set_grad_enabled(graded and transfer is None):
             mixed, errors = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **own, **kwargs)
             hidden_states = hidden_states + mixed
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -47,6 +47,7 @@ def export(folder: RunFolder, resolved: Resolved, model, tokenizer, results, fie
         provenance={"base": base_provenance(resolved.recipe.model)},
         manifest=data,
         extra_config=fields,
+        check=folder.guard,
     )
 
 

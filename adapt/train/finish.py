@@ -1,5 +1,5 @@
-"""What the user came for, after the last stage: the best weights, samples, export, report. Everything was saved before, and
-a resumed run makes it again."""
+"""What the user came for, after the last stage: the best weights, samples, export, report. Everything was saved before,
+so a signal ends it at once, and a resumed run makes it again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from adapt.distributed import world as worlds
 from adapt.train import interpolate
 from adapt.train.build import facts_of, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
+from adapt.train.measure import measure
 from adapt.train.root import look
+from adapt.train.signals import stop_point
 
 if TYPE_CHECKING:
     from adapt.train.fit import _Run
+
+WHERE = "after the last step; everything but the export is saved"
 
 
 def finish(run: _Run, recipe: Recipe) -> None:
@@ -29,17 +33,21 @@ def finish(run: _Run, recipe: Recipe) -> None:
     results, folder = run.state.results, run.folder
     if recipe.export.interpolation is not None:
         results = results | _interpolate(run, recipe, objective)
+    stop_point(run.flag, run.world, WHERE)
     model = whole_student(recipe, run.tokenizer, run.root, run.world, run.state.decided)
     # The export comes first: a prompt that cannot be decoded must not cost it.
     worlds.on_main(
         run.world,
         lambda: export(folder, run.resolved, model, run.tokenizer, results, fields, folder.export),
+        run.flag,
     )
     samples = _samples(run, recipe)
     if run.world.main:
         folder.write_json("samples.json", samples)
         for logger in run.loggers:
             logger.finalize("success")
+        if folder.attempt is not None:
+            folder.attempt.end(0, "done")  # before the report, which shows it
         show_end(folder, run.state, samples)
     run.world.wait()
 
@@ -51,7 +59,7 @@ def _take_best(run: _Run, recipe: Recipe, objective) -> None:
         checkpoint.load(path, run.root, None)
         run.say(f"exporting the best checkpoint, {path.name}: {recipe.evaluation.best} {run.state.best:.4g}")
         run.root.eval()
-        run.state.results["after"] = run.measure(recipe, objective)
+        run.state.results["after"] = measure(run, recipe, objective)
 
 
 def _interpolate(run: _Run, recipe: Recipe, objective) -> dict[str, Any]:
@@ -59,12 +67,12 @@ def _interpolate(run: _Run, recipe: Recipe, objective) -> dict[str, Any]:
     state = run.state
     of = state.best_step if recipe.evaluation.best and state.best_step is not None else state.step
     run.root.eval()
-    measure = partial(run.measure, recipe, objective) if recipe.evaluation.suites else dict
+    measured = partial(measure, run, recipe, objective) if recipe.evaluation.suites else dict
     wanted, folder = recipe.export.interpolation, run.folder
     known = {alpha: state.results[end] for alpha, end in ((0.0, "before"), (1.0, "after")) if end in state.results}
     if len({frozenset(found) for found in known.values()}) > 1:  # resumed with other suites
         known.pop(0.0)
-    found = interpolate.sweep(run.root, folder.checkpoints, f"step-{of}", wanted, measure, known, run.world)
+    found = interpolate.sweep(run.root, folder.checkpoints, f"step-{of}", wanted, measured, known, run.world)
     state.results["after"] = found.results
     if run.world.main:
         folder.write_json(interpolate.FILE, found.to_dict())
@@ -82,6 +90,7 @@ def _samples(run: _Run, recipe: Recipe) -> list[dict[str, Any]]:
     found = []
     for prompt in recipe.generation.prompts:
         for choice in recipe.generation.samplers:
+            stop_point(run.flag, run.world, WHERE)
 
             def decode(models, prompt=prompt, choice=choice):
                 return sample(models.student, run.tokenizer, prompt, choice, recipe.generation.max_new_tokens)

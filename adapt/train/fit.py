@@ -7,6 +7,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from adapt.distributed import checkpoint, healthy
 from adapt.distributed import world as worlds
 from adapt.distributed.saver import Saver
 from adapt.distributed.world import World
-from adapt.errors import StopRequested, UserError
+from adapt.errors import UserError
 from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
@@ -32,38 +34,51 @@ from adapt.train.deterministic import deterministic, prepare
 from adapt.train.finish import finish
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.hooks import Hooks
+from adapt.train.measure import measure
 from adapt.train.mixing import total_steps
-from adapt.train.probe import dry_run, leak_probe, out_of_memory
+from adapt.train.module import Stage, train
+from adapt.train.outcome import outcome
+from adapt.train.probe import dry_run, leak_probe
 from adapt.train.progress import duration
-from adapt.train.root import look
 from adapt.train.rules import learners
-from adapt.train.signals import StopFlag
+from adapt.train.signals import StopFlag, stop_point
 from adapt.train.state import State
-from adapt.train.teacher import base_model, build_teacher
+from adapt.train.teacher import build_teacher
 
 
-def fit(resolved: Resolved, resume: str = "no") -> int:
+def fit(resolved: Resolved, resume: str = "no", flag: StopFlag | None = None) -> int:
     """Train, evaluate, export and report. Returns the exit code 0 (of arms, one that failed may have left another);
-    raises UserError (2) or StopRequested (75)."""
+    raises UserError (2), StopRequested (75) or RankLost (71). `flag`: one that has the signals already."""
     from adapt.train.arms import BEGAN, fit_arms
     from adapt.train.validate import check_or_raise
 
     if resolved.arms:
         return fit_arms(resolved, resume)
     began = float(os.environ.get(BEGAN, time.monotonic()))
-    check_or_raise(resolved)
-    _quiet()
-    exact = resolved.recipe.trainer.deterministic
-    prepare(exact)
-    world = worlds.start(resolved.recipe.trainer.devices)
-    try:
-        folder = worlds.on_main(world, lambda: RunFolder.create(resolved, resume))
-        folder = folder or RunFolder.follow(resolved, resume)
-        with StopFlag() as flag, deterministic(exact), Saver(world) as saver:
+    with ExitStack() as stack:
+        flag = flag or stack.enter_context(StopFlag())
+        with flag.at_once(UNSAVED):
+            check_or_raise(resolved)
+            _quiet()
+        trainer = resolved.recipe.trainer
+        prepare(trainer.deterministic)
+        world = worlds.start(trainer.devices, trainer.timeout, flag)
+        stack.callback(worlds.stop)
+        folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
+        with outcome(folder, world), deterministic(trainer.deterministic), Saver(world) as saver:
             _Run(resolved, folder, world, flag, began, saver).go()
-    finally:
-        worlds.stop()
     return 0
+
+
+UNSAVED = "before the first step; there was nothing to save"
+
+
+def _take(resolved: Resolved, resume: str) -> RunFolder:
+    """A folder that is there is taken now: its data may take a while to prepare."""
+    folder = RunFolder.create(resolved, resume)
+    if folder.resumed:
+        folder.claim()
+    return folder
 
 
 class _Run:
@@ -72,28 +87,50 @@ class _Run:
     def __init__(self, resolved: Resolved, folder: RunFolder, world: World, flag: StopFlag, began: float, saver: Saver):
         self.saver = saver
         self.resolved, self.folder, self.world, self.flag, self.began = resolved, folder, world, flag, began
-        recipe = resolved.recipe
-        self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
+        self.state, self.loggers = State(), []
+        with self._unsaved(UNSAVED):
+            self._build()
+            self._begin()
+
+    def _build(self) -> None:
+        recipe, world = self.resolved.recipe, self.world
+        self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe), self.flag)
+        self.tokenizer = self.tokenizer or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
         self.resume_from = self._newest()
-        decided = _decided(self.resume_from)
-        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, decided), None
+        self.decided = _decided(self.resume_from)
+        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, self.decided), None
         self.facts = facts_of(recipe, self.root.student, self.tokenizer)
-        self.state = State()
-        if world.main:
-            folder.begin(resolved)  # nothing is left behind by a start that failed before this
-            checkpoint.recover(folder.checkpoints)
-        world.barrier()
+
+    def _begin(self) -> None:
+        """The run folder, and where the run stands in it."""
+        folder, world = self.folder, self.world
+
+        def begin() -> int:
+            folder.begin(self.resolved)  # nothing is left behind by a start that failed before this
+            return folder.attempt.generation
+
+        (generation,) = world.sum([worlds.on_main(world, begin) or 0])
+        folder.follow_attempt(generation)
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
-        self.state.decided = decided
-        self.loggers: list[Any] = []
+        self.state.decided = self.decided
         if world.main:
             from adapt.train.loggers import build_loggers
 
-            self.loggers = build_loggers(recipe, folder.path, self.state.step if folder.resumed else 0)
-        for where, answer in decided.items():
+            folder.attempt.begin_at(self.state.step)
+            self.loggers = build_loggers(self.resolved.recipe, folder.path, self.state.step if folder.resumed else 0)
+        for where, answer in self.decided.items():
             self.say(f"{where}: {answer['text']}")
+
+    @contextmanager
+    def _unsaved(self, where: str) -> Iterator[None]:
+        """Work of every rank with nothing to save: one process is cut off at once, several agree when it is done (and
+        the watch ends them where that takes too long)."""
+        self.world.at("start", self.state.step)
+        with self.flag.at_once(where) if self.world.size == 1 else nullcontext():
+            yield
+        stop_point(self.flag, self.world, where)
 
     def _newest(self) -> Path | None:
         """The checkpoint to go on from. Collective."""
@@ -106,11 +143,12 @@ class _Run:
         """Rank 0 prepares the shards, the others find them ready."""
         from adapt.data.prepare import prepare
 
-        data = worlds.on_main(self.world, lambda: prepare(recipe, self.tokenizer, progress=True))
+        data = worlds.on_main(self.world, lambda: prepare(recipe, self.tokenizer, progress=True), self.flag)
         return data or prepare(recipe, self.tokenizer, progress=False)
 
     def go(self) -> None:
-        leak_probe(self.root, self.facts.attention, self.root.student.config.vocab_size, self.world)
+        with self._unsaved(f"before step {self.state.step + 1}; there was nothing to save"):
+            leak_probe(self.root, self.facts.attention, self.root.student.config.vocab_size, self.world)
         stages, state = self.resolved.stages, self.state
         last = len(stages) - 1
         if state.finished == "steps" and total_steps(stages[last]) > state.stage_step:
@@ -123,13 +161,47 @@ class _Run:
         hooks = None
         while not state.finished:
             hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
+        self.world.at("end")
         finish(self, stages[last])
 
     def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None, *, last: bool) -> Hooks:
-        import lightning.pytorch as L
+        state = self.state
+        with self._unsaved(f"before step {state.step + 1}; there was nothing to save"):
+            module, feed = self._make(recipe, before)
+        hooks, total = module.hooks, feed.steps
+        if state.step == 0 and "before" not in state.results:
+            state.results["before"] = hooks.evaluate()
+            hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
+        elif state.owes_evaluation and state.stage_step < total:
+            hooks.evaluate()
+        self.resume_from = None
+        if state.stage_step < total and not hooks.ended_by_rule:
+            train(module)
+        if hooks.progress:
+            hooks.progress.finish()
+        if hooks.ended_by_rule:
+            hooks.note(f"stopped early: {hooks.ended_by_rule}")
+        elif state.stage_step < total:
+            hooks.save()
+            raise self.flag.requested(f"after step {state.step}; checkpoint saved")
+        if last:
+            state.results["after"] = hooks.evaluate()
+            state.finished = "rule" if hooks.ended_by_rule else "data" if feed.ends_early else "steps"
+        else:
+            if recipe.evaluation.every:
+                hooks.evaluate()
+            stream, rows = feed.stream, module.rows_per_step
+            state.read = stream.plan.counts((state.stage_step + state.skipped) * rows // stream.unit)
+            state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
+            state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
+            state.norms = []
+        hooks.saved_step = -1
+        hooks.save()
+        return hooks
 
+    def _make(self, recipe: Recipe, before: torch.optim.Optimizer | None) -> tuple[Stage, Any]:
+        """Everything of a stage up to its first step: (its module, its feed)."""
         from adapt.train.feed import feed_of
-        from adapt.train.module import Stage
         from adapt.train.progress import Progress
 
         state, world = self.state, self.world
@@ -157,11 +229,10 @@ class _Run:
         feed = feed_of(recipe, self.data.train, state, rows_per_step)
         if world.main:
             self.folder.add_data(feed.add_to(self.data.manifest))
-        stream, total = feed.stream, feed.steps
         progress = None
         if world.main:
             progress = Progress(
-                total_steps=total,
+                total_steps=feed.steps,
                 start_step=state.stage_step,
                 tokens_per_step=recipe.trainer.batch_tokens,
                 offset=state.step - state.stage_step,
@@ -174,7 +245,7 @@ class _Run:
             flag=self.flag,
             root=self.root,
             optimizer=optimizer,
-            measure=lambda: self.measure(recipe, objective),
+            measure=lambda: measure(self, recipe, objective),
             observe=objective.observe,
             loggers=self.loggers,
             progress=progress,
@@ -184,72 +255,38 @@ class _Run:
         if self.resume_from:
             hooks.saved_step = state.step
         if recipe.export.interpolation is not None:
-            interpolate.keep_start(self.folder.checkpoints, state.step, self.root, world)
+            interpolate.keep_start(self.folder, state.step, self.root, world)
         if compares := recipe.objective.declares("compares_with_start"):
             objective.remember(start_values.nothing)
         microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
         if compares:
             start_values.begin(
-                recipe, objective, state, stream, total, root=self.root, microbatch=microbatch, world=world, hooks=hooks
+                recipe,
+                objective,
+                state,
+                feed.stream,
+                feed.steps,
+                root=self.root,
+                microbatch=microbatch,
+                world=world,
+                hooks=hooks,
             )
-        if state.step == 0 and "before" not in state.results:
-            state.results["before"] = hooks.evaluate()
-            hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
-        self.resume_from = None
         module = Stage(
             root=self.root,
             objective=objective,
             optimizer=optimizer,
             frozen=frozen,
             following=following,
-            stream=stream,
+            stream=feed.stream,
             recipe=recipe,
             state=state,
             world=world,
             microbatch=microbatch,
-            total_steps=total,
+            total_steps=feed.steps,
             flag=self.flag,
             hooks=hooks,
         )
-        if state.stage_step < total:
-            trainer = L.Trainer(
-                **_lightning_world(world),
-                max_epochs=1,
-                max_steps=-1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-                plugins=[],
-            )
-            try:
-                trainer.fit(module)
-            except torch.OutOfMemoryError:
-                raise UserError(out_of_memory(microbatch, recipe.data.seq_len)) from None
-        if progress:
-            progress.finish()
-        if hooks.ended_by_rule:
-            hooks.note(f"stopped early: {hooks.ended_by_rule}")
-        elif state.stage_step < total:
-            hooks.save()
-            reason = self.flag.reason or "another rank was asked to stop"
-            raise StopRequested(
-                f"stopped on request ({reason}) after step {state.step}; checkpoint saved. Go on with --resume."
-            )
-        if last:
-            state.results["after"] = hooks.evaluate()
-            state.finished = "rule" if hooks.ended_by_rule else "data" if feed.ends_early else "steps"
-        else:
-            if recipe.evaluation.every:
-                hooks.evaluate()
-            state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
-            state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-            state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
-        hooks.saved_step = -1
-        hooks.save()
-        return hooks
+        return module, feed
 
     def teach(self, recipe: Recipe) -> None:
         """The teacher of this stage; one that the stage before had is used again."""
@@ -307,37 +344,6 @@ class _Run:
                 self.say(note)
         return size
 
-    def measure(self, recipe: Recipe, objective) -> dict[str, float]:
-        from adapt.data.stream import eval_passes
-        from adapt.evaluate.context import EvalContext, guard_labels
-        from adapt.evaluate.runner import evaluate
-        from adapt.generation.contract import Contract
-
-        world = self.world
-        data, shards = recipe.data, self.data.eval
-        sets, pairs = eval_passes(shards, data.seq_len, recipe.evaluation.limit, world.rank, world.size)
-
-        def reduce(values: dict[str, float]) -> dict[str, float]:
-            return dict(zip(values, world.sum([float(v) for v in values.values()]), strict=True))
-
-        context = EvalContext(
-            call=partial(look, self.root),
-            tokenizer=self.tokenizer,
-            eval_sets=sets,
-            pair_sets=pairs,
-            reduce=reduce,
-            keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
-            facts=self.facts,
-            contract=Contract.of(objective.export_fields()),
-            guards=tuple(label for label in guard_labels(data, list(shards)) if label in sets),
-            start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
-            base=partial(base_model, recipe, self.tokenizer, world, self.root.teacher),
-            measured=self.state.measured,
-            device=world.device,
-            seed=recipe.run.seed,
-        )
-        return evaluate(recipe.evaluation.suites, context)
-
     def say(self, text: str) -> None:
         if self.world.main:
             self.folder.log(text)
@@ -351,24 +357,6 @@ def _decided(saved: Path | None) -> dict[str, Any]:
 
 def stream_tokens(data) -> int:
     return sum(shards.num_tokens for shards in data.train)
-
-
-def _lightning_world(world: World) -> dict[str, Any]:
-    """The processes exist already (world.py), so Lightning finds them as it finds torchrun's."""
-    kind = "gpu" if world.device.type == "cuda" else "cpu"
-    if not world.grouped:
-        return {"accelerator": kind, "devices": 1}
-    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    strategy = ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
-    strategy.cluster_environment = TorchElasticEnvironment()
-    return {
-        "accelerator": kind,
-        "devices": world.local_size,
-        "num_nodes": world.size // world.local_size,
-        "strategy": strategy,
-    }
 
 
 def _quiet() -> None:

@@ -14,7 +14,7 @@ from adapt.config.schema import Recipe
 from adapt.distributed import checkpoint, healthy
 from adapt.distributed.saver import Saver
 from adapt.distributed.world import World
-from adapt.errors import Problem, UserError
+from adapt.errors import Problem, StopRequested, UserError
 from adapt.optim.suite import restart
 from adapt.runfolder import RunFolder
 from adapt.train.progress import Progress
@@ -53,6 +53,7 @@ class Hooks:
     def log(self, values: dict[str, float]) -> None:
         if not self.world.main:
             return
+        self.folder.guard()
         for logger in self.loggers:
             logger.log_metrics(values, step=self.state.step)
         if self.progress:
@@ -61,6 +62,7 @@ class Hooks:
     def fact(self, values: dict[str, Any]) -> None:
         """What is told once, as a line of its own in the metrics."""
         if self.world.main:
+            self.folder.guard()
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.state.step)
 
@@ -83,6 +85,8 @@ class Hooks:
 
     def after_step(self, stage: Any, *, save: bool) -> None:
         recipe, state = self.recipe, self.state
+        if self.folder.attempt is not None:
+            self.folder.attempt.step = state.step
         last = state.stage_step >= stage.total_steps
         if recipe.evaluation.every and state.stage_step % recipe.evaluation.every == 0 and not last:
             self.evaluate()
@@ -97,10 +101,18 @@ class Hooks:
         """Run the suites, log them, keep the best, apply the stop rules. Collective."""
         if not self.recipe.evaluation.suites:
             return {}
+        self.world.at("evaluation", self.state.step)
+        self.state.owes_evaluation = True
         started = time.monotonic()
         self.root.eval()
-        results = self.measure()
+        try:
+            results = self.measure()
+        except StopRequested:
+            self.root.train()
+            self.save()
+            raise
         self.root.train()
+        self.state.owes_evaluation = False
         if self.progress:
             self.progress.leave_out(time.monotonic() - started)
         self.state.objective = self.observe(results)
@@ -148,6 +160,7 @@ class Hooks:
     def save(self, *, wait: bool = True) -> None:
         """Checkpoint this step (once), then prune. Without `wait`, training may go on before it is there. Collective."""
         if self.saved_step != self.state.step:
+            self.world.at("save", self.state.step)
             keep, best = self.recipe.checkpoint.keep, self.state.best_step
             kept = {f"step-{best}"} if best is not None else set()
             self.saver.save(
@@ -156,6 +169,7 @@ class Hooks:
                 self.root,
                 self.optimizer,
                 self.state.to_dict(),
+                attempt=self.folder.attempt,
                 wait=wait,
                 then=lambda: checkpoint.prune(self.folder.checkpoints, keep, kept),
             )
@@ -168,12 +182,11 @@ class Hooks:
         for line in self.saver.news():
             self.note(line)
 
-    def non_finite(self, stage: Any, result: Any) -> bool:
-        """Apply `trainer.non_finite`. The weights have not been touched. Returns whether the run was rewound."""
+    def bad_update(self, wrong: str) -> bool:
+        """Apply `trainer.non_finite` to an update that is `wrong` in these words. The weights have not been touched.
+        Returns whether the run was rewound."""
         policy, state = self.recipe.trainer.non_finite, self.state
-        bad = [n for n, s in result.sums.items() if not math.isfinite(float(s))]
-        what = f"loss term {', '.join(bad)}" if bad else "gradient"
-        where = f"step {state.step}: the {what} is not finite (gradient norm {float(result.grad_norm)})"
+        where = f"step {state.step}: {wrong}"
         state.non_finite += 1
         if policy == "stop" or state.non_finite > self.recipe.trainer.max_non_finite:
             self.optimizer.zero_grad(set_to_none=True)
@@ -204,6 +217,7 @@ class Hooks:
         skip = state.stage_step - before.stage_step + 1
         state.skipped += skip
         state.stage_step, state.step, state.tokens = before.stage_step, before.step, before.tokens
+        state.norms = before.norms
         self.saved_step = state.step  # what is damaged is saved again
         self.note(f"{where}: rewound to {saved.name}, leaving out {skip} steps of data")
         return True

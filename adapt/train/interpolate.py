@@ -81,15 +81,15 @@ class Ends:
         return {n: math.sqrt(m / s) if s else 0.0 for n, m, s in zip(moved, moved_sums, sizes, strict=True)}
 
 
-def keep_start(checkpoints: Path, step: int, root: nn.Module, world: World) -> None:
+def keep_start(folder: RunFolder, step: int, root: nn.Module, world: World) -> None:
     """Save theta_0 before the first step; raises UserError where a run that went on without it wants it now."""
     if step == 0:
-        checkpoint.save(checkpoints, 0, root, None, {}, world, START)
-    elif not (checkpoints / START).is_dir():
+        checkpoint.save(folder.checkpoints, 0, root, None, {}, world, START, folder.attempt)
+    elif not (folder.checkpoints / START).is_dir():
         raise UserError(
             Problem(
                 "export.interpolation",
-                f"this run did not keep its start ({checkpoints / START}), so there is nothing to go back to; leave "
+                f"this run did not keep its start ({folder.checkpoints / START}), so there is nothing to go back to; leave "
                 "the section out, or start a new run with it",
             )
         )

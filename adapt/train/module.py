@@ -14,14 +14,17 @@ from torch import nn
 from adapt.config.schema import Recipe
 from adapt.data.stream import TrainStream
 from adapt.distributed.world import World
+from adapt.errors import UserError
 from adapt.objectives.base import Objective
 from adapt.optim.exchange import traffic
 from adapt.optim.following import Following
 from adapt.optim.state_bytes import state_bytes
 from adapt.train.frozen_rows import FrozenRows
+from adapt.train.probe import out_of_memory
 from adapt.train.signals import StopFlag
+from adapt.train.spikes import remember, spike
 from adapt.train.state import State
-from adapt.train.step import gradients, loss_values
+from adapt.train.step import StepResult, gradients, loss_values, not_finite
 
 
 class Stage(L.LightningModule):
@@ -78,6 +81,7 @@ class Stage(L.LightningModule):
     def training_step(self, _: int, index: int) -> None:
         state, started = self.state, time.perf_counter()
         step = state.stage_step
+        self.world.at("step", state.step)
         optimizer = self.optimizers()
         hyper = self.following.set(step, self.total_steps)
         batch = self.stream.step_batch(step + state.skipped, self.rows_per_step, self.world.rank, self.world.size)
@@ -96,16 +100,16 @@ class Stage(L.LightningModule):
             save=self.hooks.wants_save(),
         )
         rewound = False
-        if result.finite:
-            optimizer.step()
+        if wrong := self._wrong(result):
+            rewound = self.hooks.bad_update(wrong)
         else:
-            rewound = self.hooks.non_finite(self, result)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not rewound:
             state.stage_step, state.step = step + 1, state.step + 1
             state.tokens += self.rows_per_step * self.recipe.data.seq_len
         state.seconds += time.perf_counter() - started
-        if result.finite and not self.measured:
+        if not wrong and not self.measured:
             self._tell_memory()
         if (state.step % self.recipe.logging.every == 0 or state.stage_step == self.total_steps) and not rewound:
             self._log(result, hyper)
@@ -113,6 +117,18 @@ class Stage(L.LightningModule):
             self.hooks.after_step(self, save=result.save)
         if result.stop or state.stage_step >= self.total_steps:
             self.trainer.should_stop = True
+
+    def _wrong(self, result: StepResult) -> str:
+        """What forbids this update, in words; the same on all ranks."""
+        if not result.finite:
+            return not_finite(result)
+        if (above := self.recipe.trainer.spike) is None:
+            return ""
+        norm = float(result.grad_norm)  # the device has been waited for: `finite` came from it
+        wrong = spike(norm, self.state.norms, above)
+        if not wrong:
+            remember(norm, self.state.norms)
+        return wrong
 
     def _tell_memory(self) -> None:
         """Once, when the first update has made the optimizer's state. Collective."""
@@ -138,3 +154,41 @@ class Stage(L.LightningModule):
             "time": time.time(),
         }
         self.hooks.log(values)
+
+
+def train(module: Stage) -> None:
+    """One Lightning fit. Raises UserError where the memory does not suffice."""
+    trainer = L.Trainer(
+        **_lightning_world(module.world),
+        max_epochs=1,
+        max_steps=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        plugins=[],
+    )
+    try:
+        trainer.fit(module)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory(module.microbatch, module.recipe.data.seq_len)) from None
+
+
+def _lightning_world(world: World) -> dict[str, Any]:
+    """The processes exist already (world.py), so Lightning finds them as it finds torchrun's."""
+    kind = "gpu" if world.device.type == "cuda" else "cpu"
+    if not world.grouped:
+        return {"accelerator": kind, "devices": 1}
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
+    strategy.cluster_environment = TorchElasticEnvironment()
+    return {
+        "accelerator": kind,
+        "devices": world.local_size,
+        "num_nodes": world.size // world.local_size,
+        "strategy": strategy,
+    }

@@ -129,6 +129,8 @@ def _trainer(recipe: Recipe) -> Iterator[Problem]:
     if (trainer.steps is None) == (trainer.tokens is None):
         have = "neither is given" if trainer.steps is None else f"steps={trainer.steps} and tokens={trainer.tokens:,}"
         yield Problem("trainer", f"give exactly one of steps and tokens (how long to train); here {have}")
+    if trainer.timeout < 1:
+        yield Problem("trainer.timeout", f"{trainer.timeout} s is no time to wait; give 1 or more")
     if trainer.max_time is not None and not re.fullmatch(r"(\d+:)?\d+:\d\d:\d\d", trainer.max_time):
         yield Problem("trainer.max_time", f"{trainer.max_time!r} is not HH:MM:SS or DD:HH:MM:SS")
     ranks = known_ranks(recipe)
@@ -159,6 +161,8 @@ def _trainer(recipe: Recipe) -> Iterator[Problem]:
         )
     if trainer.non_finite == "rewind" and not recipe.checkpoint.every:
         yield Problem("checkpoint.every", "trainer.non_finite=rewind needs checkpoints to go back to; set it")
+    if trainer.spike is not None and not trainer.spike > 1:
+        yield Problem("trainer.spike", f"{trainer.spike:g} times the usual gradient norm is no spike; 5 to 10 is usual")
 
 
 def known_ranks(recipe: Recipe) -> int:

@@ -154,6 +154,7 @@ def begin(
         )
     objective.remember(values)
     content = values.to_bytes({"stage": state.stage, "step": state.step, "data": stream.fingerprint})
+    hooks.folder.guard()
     worlds.on_main(world, lambda: _write(file, content))
     state.start_values = fingerprint_of(content)
     hooks.note(f"{len(values):,} rows in {duration(time.monotonic() - began)}, kept in {file}")

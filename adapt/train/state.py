@@ -23,7 +23,9 @@ class State:
     skipped: int = 0
     """Steps of data left out after a rewind: step s of a stage reads the data of s + skipped."""
     non_finite: int = 0
-    """Updates that were skipped or rewound."""
+    """Updates that were skipped or rewound, for a spike, too."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norms of the stage's last updates, where `trainer.spike` looks back on them."""
     seconds: float = 0.0
     """Time spent training, over all attempts."""
     best: float | None = None
@@ -38,6 +40,8 @@ class State:
     """What evaluations have measured of models that do not change (adapt.evaluate.others)."""
     objective: dict[str, float] = field(default_factory=dict)
     """What the objective learned from evaluations (`Objective.observe`)."""
+    owes_evaluation: bool = False
+    """Whether the evaluation of this step was begun and cut off: a resumed run makes it first."""
     decided: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What conversions found in the base's weights when the run began (which layers, which ranks), by their key."""
     start_values: str = ""

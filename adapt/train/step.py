@@ -3,6 +3,7 @@ one divisor known in advance, clip, update. No formula of any objective is here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,6 +90,13 @@ def clip_gradients(root: nn.Module, limit: float | None) -> Tensor:
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def not_finite(result: StepResult) -> str:
+    """Which part of it is not finite, in words."""
+    bad = [n for n, s in result.sums.items() if not math.isfinite(float(s))]
+    what = f"loss term {', '.join(bad)}" if bad else "gradient"
+    return f"the {what} is not finite (gradient norm {float(result.grad_norm)})"
 
 
 def loss_values(result: StepResult) -> dict[str, float]:

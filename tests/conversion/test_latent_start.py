@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt.conversion.factors import spectrum
+from adapt.conversion.latent_config import stock_config
 from adapt.conversion.latent_shape import (
     LatentShape,
     TeacherShape,
@@ -20,6 +22,8 @@ from adapt.conversion.latent_shape import (
     round_up,
 )
 from adapt.conversion.latent_start import Attention, rope_dims, shared_key, start_layer, theta_of
+from adapt.export.verify import cache_bytes
+from adapt.generation.absorb import absorb
 from adapt.models.latent_attention import LatentAttention, LatentSpec, frequencies, rotate, rotation
 
 SHAPE = TeacherShape(hidden=32, heads=4, kv_heads=2, head_dim=8)
@@ -305,23 +309,41 @@ SMOLLM_135M, SMOLLM_360M = TeacherShape(576, 9, 3, 64), TeacherShape(960, 15, 5,
 SMOLLM_1_7B = TeacherShape(2048, 32, 32, 64)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "kv_rank", "rope_dim", "percent"),
-    [
-        (LLAMA_1B, 512, 32, 53.1), (LLAMA_1B, 256, 32, 28.1), (LLAMA_1B, 128, 32, 15.6), (LLAMA_1B, 64, 32, 9.38),
-        (LLAMA_1B, 48, 32, 7.81), (LLAMA_1B, 512, 64, 56.3), (LLAMA_1B, 256, 64, 31.3), (LLAMA_1B, 128, 64, 18.8),
-        (LLAMA_3B, 816, 64, 43.0), (LLAMA_3B, 448, 64, 25.0), (LLAMA_3B, 128, 64, 9.38), (LLAMA_3B, 96, 64, 7.81),
-        (LLAMA_8B, 256, 64, 15.63), (LLAMA_8B, 160, 64, 10.94), (LLAMA_8B, 128, 64, 9.38),
-        (SMOLLM_135M, 160, 32, 50), (SMOLLM_135M, 16, 32, 12.5), (SMOLLM_360M, 288, 32, 50), (SMOLLM_360M, 48, 32, 12.5),
-        (SMOLLM_1_7B, 480, 32, 12.5), (SMOLLM_1_7B, 2016, 32, 50),
-    ],
-)  # fmt: skip
+PUBLISHED = [
+    (LLAMA_1B, 512, 32, 53.1), (LLAMA_1B, 256, 32, 28.1), (LLAMA_1B, 128, 32, 15.6), (LLAMA_1B, 64, 32, 9.38),
+    (LLAMA_1B, 48, 32, 7.81), (LLAMA_1B, 512, 64, 56.3), (LLAMA_1B, 256, 64, 31.3), (LLAMA_1B, 128, 64, 18.8),
+    (LLAMA_3B, 816, 64, 43.0), (LLAMA_3B, 448, 64, 25.0), (LLAMA_3B, 128, 64, 9.38), (LLAMA_3B, 96, 64, 7.81),
+    (LLAMA_8B, 256, 64, 15.63), (LLAMA_8B, 160, 64, 10.94), (LLAMA_8B, 128, 64, 9.38),
+    (SMOLLM_135M, 160, 32, 50), (SMOLLM_135M, 16, 32, 12.5), (SMOLLM_360M, 288, 32, 50), (SMOLLM_360M, 48, 32, 12.5),
+    (SMOLLM_1_7B, 480, 32, 12.5), (SMOLLM_1_7B, 2016, 32, 50),
+]  # fmt: skip
+"""Spec section 5: teacher, r_kv, d_r, percent of the teacher's cache."""
+
+
+@pytest.mark.parametrize(("teacher", "kv_rank", "rope_dim", "percent"), PUBLISHED)
 def test_cache_ratios_are_those_of_the_published_table(teacher, kv_rank, rope_dim, percent):
     """Spec section 5: 2 n_kv d_h numbers per token and layer become r_kv + d_r."""
     layer = LatentShape(kv_rank, teacher.head_dim - rope_dim, rope_dim, teacher.head_dim)
     assert 100 * kv_ratio([layer] * 4, teacher) == pytest.approx(percent, rel=0.01, abs=0.05)
     if percent in (50, 12.5, 25.0):
         assert rank_for(percent / 100, teacher, rope_dim) == kv_rank
+
+
+@pytest.mark.parametrize(("teacher", "kv_rank", "rope_dim", "percent"), PUBLISHED)
+def test_decoding_keeps_the_published_share_of_bytes(teacher, kv_rank, rope_dim, percent):
+    """Of both models' own caches, bytes per token in bfloat16; nothing is computed."""
+    base = AutoConfig.for_model(
+        "llama", hidden_size=teacher.hidden, num_attention_heads=teacher.heads, num_key_value_heads=teacher.kv_heads,
+        head_dim=teacher.head_dim, intermediate_size=8, num_hidden_layers=2, vocab_size=8, rope_theta=10000.0,
+    )  # fmt: skip
+    rope = dict(base.rope_parameters)
+    student = stock_config(base, kv_rank, teacher.head_dim - rope_dim, rope_dim, rope)
+    with torch.device("meta"):
+        whole, stock = (AutoModelForCausalLM.from_config(c, dtype=torch.bfloat16).eval() for c in (base, student))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    held, absorbed = cache_bytes(stock, ids), cache_bytes(absorb(stock), ids)
+    assert held == absorbed == (2 * 2 * (kv_rank + rope_dim), 0)
+    assert 100 * held[0] / cache_bytes(whole, ids)[0] == pytest.approx(percent, rel=0.01, abs=0.05)
 
 
 def test_layers_that_stay_count_whole():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt.data import needles
-from adapt.data.needles import Haystack, Passkeys, draw_needles, fit, key_of, niah, passkey_text, trial_rng
+from adapt.data.needles import Haystack, Passkeys, draw_needles, fit, key_of, niah, passkey_text, split_of, trial_rng
 from adapt.data.questions import Asker
 from adapt.errors import UserError
 from tests import tiny
@@ -46,8 +46,20 @@ def test_a_passkey_stands_once_at_its_depth_in_five_lines(size, depth, key):
 def test_training_and_held_out_keys_are_disjoint():
     rng = trial_rng(0, 1)
     train, held_out = ({key_of(rng, split) for _ in range(5000)} for split in ("train", "held-out"))
-    assert max(train) < needles.HELD_OUT_FROM <= min(held_out)
+    assert not train & held_out
+    assert ({split_of(k) for k in train}, {split_of(k) for k in held_out}) == ({"train"}, {"held-out"})
     assert {len(str(k)) for k in train | held_out} == {5}
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_both_halves_of_the_keys_have_every_digit_in_every_place(split):
+    """As often as the other half: a model trained on one has no digit to learn for the other."""
+    keys = [str(k) for k in range(needles.FIRST_KEY, needles.LAST_KEY + 1)]
+    for place in range(5):
+        for digit in "0123456789"[place == 0 :]:
+            with_it = [k for k in keys if k[place] == digit]
+            share = sum(split_of(int(k)) == split for k in with_it) / len(with_it)
+            assert share == pytest.approx(0.5, abs=0.03), (place, digit)
 
 
 def test_a_prompt_that_cannot_be_so_short(asker):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from adapt.components import SourceChoice
 from adapt.config.decode import decode
 from adapt.data.batch import CONTEXT, TARGET
-from adapt.data.needles import HELD_OUT_FROM
+from adapt.data.needles import split_of
 from adapt.data.prepare import prepare
 from tests import tiny
 from tests.data.helpers import recipe
@@ -21,8 +21,8 @@ def test_documents_repeat_and_keys_are_of_the_split():
     one, two = (list(source().documents()) for _ in range(2))
     assert one == two
     assert len({d.prompt for d in one}) == 12
-    assert all(d.meta["key"] < HELD_OUT_FROM for d in one)
-    assert all(d.meta["key"] >= HELD_OUT_FROM for d in source(split="held-out").documents())
+    assert all(split_of(d.meta["key"]) == "train" for d in one)
+    assert all(split_of(d.meta["key"]) == "held-out" for d in source(split="held-out").documents())
     assert [d.response for d in source(seed=1).documents()] != [d.response for d in one]
     assert source(seed=1).fingerprint() != source().fingerprint()
 

@@ -57,6 +57,41 @@ def test_invariant_13_each_layer_learns_by_itself(mixer, batch):
         assert model.get_parameter(name).grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("mixer", ["gated_linear", "mamba2"])
+def test_gradients_formed_on_the_way_forward_are_the_losss(mixer, batch):
+    """Against the same recurrence on the same inputs, in a graph of its own; of the recurrence none is left."""
+    model = attention.use(student(mixer)).train()
+    mixers, calls = [layer.self_attn for layer in model.model.layers], []
+    hooks = [
+        m.register_forward_hook(lambda m, x, y: calls.append((m, x, y[0].detach())))
+        for m in (m.recurrence for m in mixers)
+    ] + [m.o_proj.register_forward_pre_hook(lambda _, x: calls.append(x[0])) for m in mixers]
+    rows = batch.input_ids, batch.position_ids, Layout.causal(batch.doc_ids, batch.position_ids)
+    weight = (batch.role != 0).double()
+    errors = attention.decode(model, *rows, transfer=weight).errors
+    assert graph(errors[0].grad_fn) == {"StackBackward0", "_SettledBackward", "torch::autograd::AccumulateGrad"}
+    sum(3.0 * e[0] for e in errors.values()).backward()
+    for hook in hooks:
+        hook.remove()
+    for i in (0, 1):
+        taught, (recurrence, given, heads) = calls[2 * i : 2 * i + 2]
+        found, _ = recurrence(*given)
+        assert torch.equal(found, heads)
+        loss = 3.0 * ((found.flatten(2) - taught).square().mean(-1) * weight).sum()
+        slopes = torch.autograd.grad(loss, list(recurrence.parameters()), materialize_grads=True)
+        for slope, parameter in zip(slopes, recurrence.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, slope)
+    with torch.no_grad():
+        assert not any(e.requires_grad for e in attention.decode(model, *rows, transfer=weight).errors.values())
+    model.requires_grad_(False)
+    assert not any(e.requires_grad for e in attention.decode(model, *rows, transfer=weight).errors.values())
+
+
+def graph(node) -> set[str]:
+    """Names of all the nodes of the backward pass that begins with this one."""
+    return {node.name()}.union(*(graph(n) for n, _ in node.next_functions if n is not None))
+
+
 def test_the_transfer_loss_is_the_error_of_the_heads(batch):
     """Against the heads that the projections of teacher and student are given; padding is left out."""
     teacher, model = attention.use(tiny.tiny_model().double()), attention.use(student(layers=(1,)))

@@ -61,6 +61,10 @@ def make_run(folder, name, steps=20, whole=True):
     grids += [positions | {"model": model, "cells": [[2.0, 1.0]], "trials": 3} for model in ("", EVIL)]
     grids += [{**grid, "step": 0, "suite": "half_lives", "unit": "% of channels", "cells": [[0.5, 0.5], [None, 1.0]]}]
     (run / "grids.jsonl").write_text("".join(json.dumps(x) + "\n" for x in grids) + '{"step": 5, "rows": 3}\n{"st')
+    (run / "attempts").mkdir()
+    ended = {"ended": "now", "code": 75, "reason": EVIL, "from_step": 0, "step": 3, "host": EVIL, "slurm_job": EVIL}
+    (run / "attempts" / "1.json").write_text(json.dumps(ended))
+    (run / "attempts" / "2.json").write_text("{half")
     (run / "environment.json").write_text(json.dumps({"hardware": {"cores": 2, "cpu": "a CPU", "gpus": []}}))
     return run
 

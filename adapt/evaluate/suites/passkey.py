@@ -8,8 +8,8 @@
 and of each model to `compare` with, measured once: passkey_teacher/<length>, passkey_nll_window/<length>, and so on
 (adapt/evaluate/others.py).
 
-The length is that of a training row of the task (source `passkey`): prompt, key, and what ends it. Keys are of the held-
-out half of the range, the same at every evaluation with one seed. The report draws length x depth.
+The length is that of a training row of the task (source `passkey`): prompt, key, and what ends it. Keys are of the
+held-out half, the same at every evaluation with one seed. The report draws length x depth.
 """
 
 from __future__ import annotations

@@ -1,0 +1,200 @@
+"""A real SLURM on this machine: slurmctld and a slurmd for each node, started by whoever runs the tests.
+
+Debian's build takes several slurmds on one host (same NodeHostname, own ports). No root and no munge: auth/none. Nothing
+is read from or written to /etc; everything lies in one folder.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+
+CONFIG = """\
+ClusterName=lab
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+MpiDefault=none
+MailProg=/bin/true
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=2,bf_interval=2
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{nodes}
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=0
+PartitionName=patient Nodes=ALL PriorityTier=1 GraceTime=15
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+
+
+class Cluster:
+    def __init__(self, folder: Path, nodes: int = 2):
+        """Starts it; raises AssertionError with SLURM's log where that takes more than a minute."""
+        self.folder = folder
+        self.nodes = [f"n{i + 1}" for i in range(nodes)]
+        for name in ("state", "run", "log", *(f"spool-{n}" for n in self.nodes)):
+            (folder / name).mkdir(parents=True)
+        controller, *ports = free_ports(1 + nodes)
+        lines = [
+            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 State=UNKNOWN"
+            for node, port in zip(self.nodes, ports, strict=True)
+        ]
+        config = folder / "slurm.conf"
+        config.write_text(
+            CONFIG.format(controller=controller, user=getpass.getuser(), folder=folder, nodes="\n".join(lines))
+        )
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        self.environment = clean | {"SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+        try:
+            self.run("slurmctld", "-i")
+            self.until(lambda: "is UP" in self.run("scontrol", "ping", check=False))
+            for node in self.nodes:
+                self.start_node(node)
+            self.until(self.idle)
+        except BaseException:
+            self.stop()
+            raise
+
+    def run(self, *command: str, check: bool = True, **more) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, **more)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{self.log()}"
+        return done.stdout
+
+    def start_node(self, node: str) -> None:
+        self.run("slurmd", "-N", node)
+
+    def idle(self) -> bool:
+        return set(self.run("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split()) == set(self.nodes)
+
+    def until(self, true: Callable[[], object], seconds: float = 60, what: Callable[[], str] | None = None) -> None:
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"not within {seconds} s. {what() if what else self.log()}"
+            time.sleep(0.2)
+
+    def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
+        """The job's number. Its log is `log` in `cwd`."""
+        told = subprocess.run(
+            ["sbatch", "--parsable", "--output=log", *arguments],
+            env=self.environment | environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert told.returncode == 0, told.stderr + self.log()
+        return told.stdout.strip().partition(";")[0]
+
+    def job(self, job: str) -> dict[str, str]:
+        """What SLURM knows: JobState, ExitCode, Restarts, Reason, NodeList, ..."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", job)))
+
+    def over(self, job: str) -> bool:
+        state = self.job(job)["JobState"]
+        return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "PREEMPTED")
+
+    def pid(self, daemon: str) -> int | None:
+        """`slurmctld` or a node's name."""
+        name = daemon if daemon == "slurmctld" else f"slurmd-{daemon}"
+        try:
+            return int((self.folder / "run" / f"{name}.pid").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def lose(self, node: str) -> None:
+        """As when its power goes: the daemon, and every process of jobs on it, killed at once."""
+        pid = self.pid(node)
+        os.kill(pid, signal.SIGKILL)
+        for process in self.processes(node):
+            os.kill(process, signal.SIGKILL)
+
+    def processes(self, node: str) -> list[int]:
+        """Of jobs' steps on that node, slurmstepd among them."""
+        import psutil
+
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            mine = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+            if mine and environment.get("SLURMD_NODENAME") == node:
+                found.append(process.pid)
+        return found
+
+    def log(self) -> str:
+        files = sorted((self.folder / "log").glob("*.log"))
+        return "".join(f"\n--- {f.name}\n" + "\n".join(f.read_text().splitlines()[-25:]) for f in files)
+
+    def clear(self) -> None:
+        """End every job, and bring back the nodes."""
+        for job in self.run("squeue", "-h", "-o", "%A", check=False).split():
+            self.run("scancel", "--signal=KILL", "--full", job, check=False)
+            self.run("scancel", job, check=False)
+        for node in self.nodes:
+            pid = self.pid(node)
+            if pid is None or not _lives(pid):
+                self.start_node(node)
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        self.until(self.idle)
+
+    def stop(self) -> None:
+        for daemon in ("slurmctld", *self.nodes):
+            if (pid := self.pid(daemon)) is not None:
+                _kill(pid)
+        for node in self.nodes:
+            for process in self.processes(node):
+                _kill(process)
+
+
+def _lives(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
