@@ -108,8 +108,6 @@ def _kill_one(
     tally, run, over = Tally(runs=1), folder / "runs" / name, False
     # data is prepared once, and a run that is done can be killed in its last phases only
     aims = sorted(rng.choices(AIMS, k=kills), key=lambda aim: (aim in LATE) - (aim == "data"))
-        rng.choices(AIMS, k=kills), key=lambda aim: aim in LATE
-    )  # a run that is done can be killed there only
     while tally.num_kills < kills:
         wanted = rng.choice(LATE) if over else aims[tally.num_kills]
         done = warm.attempt(recipe, folder / f"cache-{name}", moment(wanted, spent, rng))
