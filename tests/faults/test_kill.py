@@ -12,9 +12,7 @@ import random
 import pytest
 
 from tests import tiny
-from tests.faults.killing import KINDS, Tally, kill, moment, recipe_of
-from tests.faults.warm import HUNG
-from tests.train.test_fit import losses
+from tests.faults.killing import KINDS, Tally, kill
 
 
 @pytest.fixture
@@ -42,28 +40,3 @@ def test_killed_at_a_hundred_random_moments(kind, warm, dropout_base, tmp_path):
     assert_unharmed(tally)
     assert tally.num_kills >= 100
     assert {"start-up", "data", "steps", "save", "export"} <= set(tally.kills), f"some were never hit: {tally.kills}"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_one_of_two_ranks_killed_at_random_moments(warm, tmp_path):
-    """The other one ends by itself and not as if all were well; then both go on, and the run is the straight one within
-    float32 noise."""
-    rng, base = random.Random(2), tiny.save_tiny(tmp_path / "base")
-    recipe = recipe_of("diffusion", base, tmp_path, "straight")
-    straight = warm.attempt(recipe, tmp_path / "cache", ranks=2)
-    assert straight["codes"] == [0, 0], straight["said"]
-    spent = warm.attempt(recipe_of("diffusion", base, tmp_path, "again"), tmp_path / "cache", ranks=2)["spent"]
-    recipe, kills = recipe_of("diffusion", base, tmp_path, "killed"), 0
-    for phase in ("data", "save", "steps", "evaluation", "save"):  # before they met, the launcher would have to tell
-        aim = moment(phase, spent, rng) | {"rank": rng.randrange(2)}
-        done = warm.attempt(recipe, tmp_path / "cache", aim, ranks=2)
-        assert HUNG not in done["codes"], done["said"]
-        kills += done["killed"]
-        assert done["codes"] == [0, 0] or 0 not in done["codes"], done["said"]
-    assert kills >= 4
-    end = warm.attempt(recipe, tmp_path / "cache", ranks=2)
-    assert end["codes"] == [0, 0], end["said"]
-    a, b = (losses(tmp_path / "runs" / name) for name in ("straight", "killed"))
-    assert a.keys() == b.keys()
-    assert max(abs(a[step] - b[step]) for step in a) < 2e-5 * max(a.values())
