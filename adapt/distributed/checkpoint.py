@@ -222,7 +222,10 @@ def _refuse_another(path: Path, root: nn.Module, optimizer: torch.optim.Optimize
 
 def read_state(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / STATE).read_text())
+        found = json.loads((path / STATE).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no numbers by name")
+        return found
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path} has no readable {STATE} ({error}); delete that folder and resume") from None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from adapt.errors import UserError
 
 
 @dataclass
@@ -55,4 +57,11 @@ class State:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> State:
+        """Raises UserError where another version of adapt wrote them."""
+        known = {entry.name for entry in fields(State)}
+        if unknown := sorted(values.keys() - known):
+            raise UserError(
+                f"state.json of the checkpoint holds {', '.join(unknown)}, which this version of adapt does not know; "
+                "go on with the version that wrote it"
+            )
         return State(**values)

@@ -106,9 +106,8 @@ def _kill_one(
 ) -> Tally:
     name = recipe["run"]["name"]
     tally, run, over = Tally(runs=1), folder / "runs" / name, False
-    aims = sorted(
-        rng.choices(AIMS, k=kills), key=lambda aim: aim in LATE
-    )  # a run that is done can be killed there only
+    # data is prepared once, and a run that is done can be killed in its last phases only
+    aims = sorted(rng.choices(AIMS, k=kills), key=lambda aim: (aim in LATE) - (aim == "data"))
     while tally.num_kills < kills:
         wanted = rng.choice(LATE) if over else aims[tally.num_kills]
         done = warm.attempt(recipe, folder / f"cache-{name}", moment(wanted, spent, rng))
@@ -134,15 +133,14 @@ def _kill_one(
 
 
 def moment(wanted: str, spent: dict[str, tuple[int, float]], rng: random.Random) -> dict[str, Any]:
-    """A random time in the first or second entry of the phase."""
+    """A random time in the first half of the first or second entry of the phase."""
     phase = "start-up" if wanted == ANY else wanted
     times, seconds = spent[phase]
     once = seconds / times
     if wanted == "start-up":
         once -= sum(spent[other][1] for other in NAMES if other != phase)
-    if wanted in (ANY, "steps"):
-        once /= 2  # what is done in one attempt is not there to be killed in the next
-    return {"phase": phase, "nth": rng.randint(1, min(times, 2)), "after": rng.uniform(0, once)}
+    # half of it: this time it may be faster, and what is done in one attempt is not there to be killed in the next
+    return {"phase": phase, "nth": rng.randint(1, min(times, 2)), "after": rng.uniform(0, once / 2)}
 
 
 def differences(run: Path, straight: Path) -> str:

@@ -19,6 +19,7 @@ from adapt.config import load, resolve
 from adapt.console import CONTROL
 from adapt.data.wheel_files import WheelFiles
 from adapt.distributed import checkpoint
+from adapt.distributed.checksums import SUMS
 from adapt.errors import StopRequested, UserError
 from adapt.runfolder import RunFolder
 from adapt.train.fit import fit
@@ -79,12 +80,22 @@ def test_control_characters_reach_no_terminal_log_or_report(warm, tiny_base, tmp
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(stopped, tmp_path):
-    """The index of the tensors, which is a pickle by torch's own format."""
+    """The index of the tensors, which is a pickle by torch's own format. Who writes it can write its sum, or none."""
     (saved,) = checkpoint.checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")
     (saved / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "mark")))
-    with pytest.raises(UserError):
+    (saved / SUMS).unlink()
+    with pytest.raises(UserError, match=r"mkdir, which has no place in a checkpoint"):
         fit(resolve(stopped), "yes")
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", '{"step": 1, "unheard_of": 2}', "\xff"])
+def test_numbers_of_a_checkpoint_that_are_none(text, stopped, tmp_path):
+    (saved,) = checkpoint.checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")
+    (saved / checkpoint.STATE).write_bytes(text.encode("latin-1"))
+    (saved / SUMS).unlink()
+    with pytest.raises(UserError, match=r"state\.json"):
+        fit(resolve(stopped), "yes")
 
 
 def test_a_pickle_among_token_shards_is_not_run(tiny_base, tmp_path, monkeypatch):
