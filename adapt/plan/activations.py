@@ -1,0 +1,89 @@
+"""What autograd keeps of a token between forward and backward, in bytes, layer by layer.
+
+Read off the modules and checked against torch's memory tracker (tests/plan/test_verify.py). c is the size of an element
+in the compute dtype; norms compute in float32. A linear layer keeps its input for its weight's gradient alone, and what
+several of them read is kept once.
+
+Legend: D hidden size, I width of the MLP, H query heads, G key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from adapt.plan.model import Group, PlannedModel
+from adapt.plan.shapes import latent_sizes
+
+Learns = Callable[[str], bool]
+"""Whether a gradient of any weight of the module (of its adapters, too) is wanted, by its name in the layer."""
+
+
+def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> float:
+    """Kept of one token by one layer; `tiled`: attention in tiles (CPU), whose outputs are put together in a copy."""
+    s, mixer = model.dims, model.mixers[group.layer]
+    learning = [w.name for w in group.weights if model.learns(w)]
+
+    def learns(module: str) -> bool:
+        return any(f".{module}." in name for name in learning)
+
+    if model.inside:
+        return _recurrence(model, mixer, c) if group.layer in model.backward else 0.0
+    read = any(map(learns, ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")))
+    total = norm_bytes(s.D, c, learns("input_layernorm"), read)
+    if mixer == "latent":
+        total += _latent(model, group.layer, c, learns, tiled)
+    elif mixer == "attention":
+        total += _attention(model, c, learns, tiled)
+    else:
+        total += _recurrence(model, mixer, c)
+    total += norm_bytes(s.D, c, learns("post_attention_layernorm"), learns("gate_proj") or learns("up_proj"))
+    total += 3 * c * s.I + (c * s.I if learns("down_proj") else 0)  # gate, silu(gate), up; their product
+    return total + _adapters(group, c)
+
+
+def norm_bytes(size: int, c: int, scaled: bool, read: bool) -> float:
+    """An RMSNorm: its input in float32; what it is divided into, for the scale; its output, for linears that learn."""
+    return size * (4 + (c if scaled else 0) + (c if read else 0))
+
+
+def _attention(model: PlannedModel, c: int, learns: Learns, tiled: bool) -> float:
+    s = model.dims
+    heads = s.H + 2 * s.G
+    total = c * heads * s.d + 4 * s.H  # queries, keys, values; a number for each query
+    if any(".q_norm." in w.name for w in model.layers[0].weights):
+        total += norm_bytes((s.H + s.G) * s.d, c, learns("q_norm"), False)
+    return total + _output(s.H * s.d, c, learns, tiled)
+
+
+def _output(size: int, c: int, learns: Learns, tiled: bool) -> float:
+    return c * size * (2 if tiled and learns("o_proj") else 1)
+
+
+def _latent(model: PlannedModel, layer: int, c: int, learns: Learns, tiled: bool) -> float:
+    s, o = model.dims, latent_sizes(model.config, layer)
+    key, value = s.H * (o["nope_dim"] + o["rope_dim"]), s.H * o["v_dim"]
+    total = c * (2 * key + s.H * (o["nope_dim"] + o["v_dim"])) + 4 * s.H  # queries, keys; keys and values as expanded
+    if o["q_rank"] is not None:
+        total += norm_bytes(o["q_rank"], c, True, True) if o["q_norm"] else c * o["q_rank"]
+    if o["kv_norm"]:
+        total += norm_bytes(o["kv_rank"], c, learns("kv_a_layernorm"), learns("kv_b_proj"))
+    else:
+        total += c * (o["kv_rank"] + o["rope_dim"])
+    return total + _output(value, c, learns, tiled)
+
+
+SAVED_BY_RECURRENCE = {"gated_linear": 17.0, "mamba2": 15.0}
+"""Float32 numbers for each of the H d channels of a token that the torch forms keep (measured; CUDA packages keep less)."""
+
+
+def _recurrence(model: PlannedModel, mixer: str, c: int) -> float:
+    s = model.dims
+    options = (model.config.mixer_options or {}).get(mixer, {})
+    chunk = options.get("chunk", 64)
+    scores = 2 * 4 * s.H * chunk  # of a token with those of its chunk
+    return 4 * SAVED_BY_RECURRENCE.get(mixer, 16.0) * s.H * s.d + scores + c * (s.H + 2 * s.G) * s.d
+
+
+def _adapters(group: Group, c: int) -> float:
+    """What lies between the two halves of each adapter."""
+    return sum(c * w.shape[0] for w in group.weights if w.adapter and ".lora_A." in w.name)

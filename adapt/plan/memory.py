@@ -1,0 +1,150 @@
+"""Memory of one rank by kind, at the worst of the moments at which a step can be worst.
+
+    loss        the last rows of logits: every activation is there, and the root is whole
+    backward    the last layer (with checkpointing: recomputed), the next one's gathered buffer, gradients on their way
+    root        the gradients of embedding and head, whole, in float32 too, on their way to their shards
+    optimizer   everything is sharded, and the optimizer stacks what it works on
+
+Streams overlap on a GPU: a layer's reduce-scatter runs beside the next one's backward, so that both are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapt.plan.activations import layer_bytes, norm_bytes
+from adapt.plan.model import Group, PlannedModel
+from adapt.plan.optimizer import OptimizerPlan
+from adapt.plan.traffic import REDUCED, local, padded
+from adapt.plan.cluster import Grid
+from adapt.plan.work import Work
+
+CHUNK = {"cpu": 256, "cuda": 2048}
+"""Rows of logits at one time (adapt.losses.linear_cross_entropy)."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory depends on besides the models."""
+
+    grid: Grid
+    compute: int
+    """Bytes of an element in the compute dtype."""
+    device: str
+    """`cuda` or `cpu`: how attention and loss run."""
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Moment:
+    name: str
+    kinds: dict[str, float]
+    """Kind -> bytes."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.kinds.values())
+
+
+def moments(
+    student: PlannedModel,
+    teacher: PlannedModel | None,
+    work: Work,
+    optimizer: OptimizerPlan,
+    setup: Setup,
+    rows: int,
+) -> list[Moment]:
+    """Of a step with microbatches of `rows` rows; the gradients of the microbatches before are there."""
+    held = _held(student, teacher, optimizer, setup)
+    c, tokens = setup.compute, rows * work.read
+    activations = kept(student, work, setup, rows)
+    layers = [g for g in student.layers if g.layer in student.backward] or list(student.layers[-1:])
+    widest = max(layers, key=lambda g: _whole(g, setup))
+    root, next_one = c * _whole(student.root, setup), c * _whole(widest, setup)
+    teacher_root = c * _whole(teacher.root, setup) if teacher is not None else 0
+    loss, head = loss_bytes(student, teacher, work, setup, rows)
+    found = [
+        Moment(
+            "loss",
+            held | {"whole weights": root + next_one + teacher_root, "activations": activations, "logits and loss": loss + head},
+        )
+    ]
+    full = layer_bytes(student, widest, c, tiled=setup.device == "cpu") * tokens
+    again = full if setup.checkpointing else 0.0
+    learning = sum(padded(w, setup.grid) for w in student.learning(widest))
+    found.append(
+        Moment(
+            "backward",
+            held
+            | {
+                "whole weights": root + 2 * next_one,
+                "activations": activations + again,
+                "logits and loss": head,
+                "whole gradients": (c + REDUCED) * learning,
+                "working memory": working(student, c) * tokens,
+            },
+        )
+    )
+    ends = sum(padded(w, setup.grid) for w in student.learning(student.root))
+    found.append(Moment("root", held | {"whole weights": next_one, "whole gradients": (c + REDUCED) * ends}))
+    found.append(Moment("optimizer", held | {"working memory": float(optimizer.step_buffers)}))
+    return found
+
+
+def _whole(group: Group, setup: Setup) -> int:
+    return sum(padded(w, setup.grid) for w in group.weights)
+
+
+def _held(student: PlannedModel, teacher: PlannedModel | None, optimizer: OptimizerPlan, setup: Setup) -> dict[str, float]:
+    """What a rank always has while it trains: its shards."""
+    grid = setup.grid
+    found = {
+        "weights": float(sum(local([w], grid) * student.bytes_each(w) for w in student.weights)),
+        "gradients": float(sum(local([w], grid) * student.bytes_each(w) for w in student.weights if student.learns(w))),
+        "optimizer": float(optimizer.state),
+    }
+    if teacher is not None:
+        found["teacher"] = float(sum(local([w], grid) * teacher.bytes_each(w) for w in teacher.weights))
+    return found
+
+
+def kept(student: PlannedModel, work: Work, setup: Setup, rows: int) -> float:
+    """Activations between forward and backward: of every layer that a gradient goes through, or its input alone."""
+    c, s = setup.compute, student.dims
+    tokens = rows * work.read
+    if setup.checkpointing:
+        layers = c * s.D * len(student.backward)
+    else:
+        layers = sum(
+            layer_bytes(student, g, c, tiled=setup.device == "cpu") for g in student.layers if g.layer in student.backward
+        )
+    if student.inside:
+        return layers * tokens
+    last = norm_bytes(s.D, c, any("norm" in w.name for w in student.learning(student.root)), True) + c * s.D
+    return (layers + last) * tokens + c * s.D * work.scored * rows * work.seq_len
+
+
+def loss_bytes(
+    student: PlannedModel, teacher: PlannedModel | None, work: Work, setup: Setup, rows: int
+) -> tuple[float, float]:
+    """(what lives while the loss is computed, what the head's gradient holds until the root's turn)."""
+    if not work.scored:
+        return 0.0, 0.0
+    c, s = setup.compute, student.dims
+    scored = rows * work.seq_len * work.scored
+    chunk = min(CHUNK[setup.device], scored)
+    learns = any(w.role == "head" or (w.role == "embedding" and student.config.tie_word_embeddings) for w in student.learning(student.root))
+    matrix = s.V * s.D if learns else 0
+    head = c * matrix * (work.heads if c == 4 else 1)  # float32 losses form it on the way forward, each their own
+    loss = 4 * chunk * s.V + c * scored * s.D
+    if c == 2:
+        loss += 2 * chunk * s.V + (8 * s.V * s.D if setup.device == "cpu" else 0)
+    if work.divergence and teacher is not None:
+        loss += 4 * 4 * chunk * s.V + 2 * 4 * matrix + c * work.taught * scored * teacher.dims.D
+    return loss, head
+
+
+def working(student: PlannedModel, c: int) -> float:
+    """Of a token: gradients of activations on their way through a layer."""
+    s = student.dims
+    return 3 * c * s.I + 4 * s.D + c * s.D
