@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adapt.plan.activations import layer_bytes, norm_bytes
+from adapt.plan.cluster import Grid
 from adapt.plan.model import Group, PlannedModel
 from adapt.plan.optimizer import OptimizerPlan
 from adapt.plan.traffic import REDUCED, local, padded
-from adapt.plan.cluster import Grid
 from adapt.plan.work import Work
 
 CHUNK = {"cpu": 256, "cuda": 2048}
@@ -53,9 +53,11 @@ def moments(
     optimizer: OptimizerPlan,
     setup: Setup,
     rows: int,
+    accumulated: bool = True,
 ) -> list[Moment]:
-    """Of a step with microbatches of `rows` rows; the gradients of the microbatches before are there."""
-    held = _held(student, teacher, optimizer, setup)
+    """Of a step with microbatches of `rows` rows; `accumulated`: the gradients of one before are there already."""
+    ended = _held(student, teacher, optimizer, setup)
+    held = ended if accumulated else ended | {"gradients": 0.0}
     c, tokens = setup.compute, rows * work.read
     activations = kept(student, work, setup, rows)
     layers = [g for g in student.layers if g.layer in student.backward] or list(student.layers[-1:])
@@ -66,7 +68,12 @@ def moments(
     found = [
         Moment(
             "loss",
-            held | {"whole weights": root + next_one + teacher_root, "activations": activations, "logits and loss": loss + head},
+            held
+            | {
+                "whole weights": root + next_one + teacher_root,
+                "activations": activations,
+                "logits and loss": loss + head,
+            },
         )
     ]
     full = layer_bytes(student, widest, c, tiled=setup.device == "cpu") * tokens
@@ -78,7 +85,7 @@ def moments(
             held
             | {
                 "whole weights": root + 2 * next_one,
-                "activations": activations + again,
+                "activations": kept(student, work, setup, rows, layers_only=True) + again,
                 "logits and loss": head,
                 "whole gradients": (c + REDUCED) * learning,
                 "working memory": working(student, c) * tokens,
@@ -86,8 +93,8 @@ def moments(
         )
     )
     ends = sum(padded(w, setup.grid) for w in student.learning(student.root))
-    found.append(Moment("root", held | {"whole weights": next_one, "whole gradients": (c + REDUCED) * ends}))
-    found.append(Moment("optimizer", held | {"working memory": float(optimizer.step_buffers)}))
+    found.append(Moment("root", ended | {"whole weights": next_one, "whole gradients": (c + REDUCED) * ends}))
+    found.append(Moment("optimizer", ended | {"working memory": float(optimizer.step_buffers)}))
     return found
 
 
@@ -95,7 +102,9 @@ def _whole(group: Group, setup: Setup) -> int:
     return sum(padded(w, setup.grid) for w in group.weights)
 
 
-def _held(student: PlannedModel, teacher: PlannedModel | None, optimizer: OptimizerPlan, setup: Setup) -> dict[str, float]:
+def _held(
+    student: PlannedModel, teacher: PlannedModel | None, optimizer: OptimizerPlan, setup: Setup
+) -> dict[str, float]:
     """What a rank always has while it trains: its shards."""
     grid = setup.grid
     found = {
@@ -108,17 +117,20 @@ def _held(student: PlannedModel, teacher: PlannedModel | None, optimizer: Optimi
     return found
 
 
-def kept(student: PlannedModel, work: Work, setup: Setup, rows: int) -> float:
-    """Activations between forward and backward: of every layer that a gradient goes through, or its input alone."""
+def kept(student: PlannedModel, work: Work, setup: Setup, rows: int, *, layers_only: bool = False) -> float:
+    """Activations between forward and backward: of every layer that a gradient goes through, or its input alone;
+    `layers_only`: without what the last norm and the head keep."""
     c, s = setup.compute, student.dims
     tokens = rows * work.read
     if setup.checkpointing:
         layers = c * s.D * len(student.backward)
     else:
         layers = sum(
-            layer_bytes(student, g, c, tiled=setup.device == "cpu") for g in student.layers if g.layer in student.backward
+            layer_bytes(student, g, c, tiled=setup.device == "cpu")
+            for g in student.layers
+            if g.layer in student.backward
         )
-    if student.inside:
+    if student.inside or layers_only:
         return layers * tokens
     last = norm_bytes(s.D, c, any("norm" in w.name for w in student.learning(student.root)), True) + c * s.D
     return (layers + last) * tokens + c * s.D * work.scored * rows * work.seq_len
@@ -133,18 +145,23 @@ def loss_bytes(
     c, s = setup.compute, student.dims
     scored = rows * work.seq_len * work.scored
     chunk = min(CHUNK[setup.device], scored)
-    learns = any(w.role == "head" or (w.role == "embedding" and student.config.tie_word_embeddings) for w in student.learning(student.root))
+    learns = any(
+        w.role == "head" or (w.role == "embedding" and student.config.tie_word_embeddings)
+        for w in student.learning(student.root)
+    )
     matrix = s.V * s.D if learns else 0
-    head = c * matrix * (work.heads if c == 4 else 1)  # float32 losses form it on the way forward, each their own
-    loss = 4 * chunk * s.V + c * scored * s.D
+    each = c * matrix
+    loss = (
+        0.0 if work.heads == 1 else each * (work.heads - (c == 2))
+    )  # until they are added up; float32: a sum beside them
+    loss += 4 * chunk * s.V + c * scored * s.D
     if c == 2:
         loss += 2 * chunk * s.V + (8 * s.V * s.D if setup.device == "cpu" else 0)
     if work.divergence and teacher is not None:
         loss += 4 * 4 * chunk * s.V + 2 * 4 * matrix + c * work.taught * scored * teacher.dims.D
-    return loss, head
+    return loss, float(each)
 
 
 def working(student: PlannedModel, c: int) -> float:
-    """Of a token: gradients of activations on their way through a layer."""
-    s = student.dims
-    return 3 * c * s.I + 4 * s.D + c * s.D
+    """Of a token: gradients of activations on their way through a layer. The widest are the MLP's."""
+    return 2 * c * student.dims.I

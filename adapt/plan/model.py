@@ -33,6 +33,8 @@ class PlannedModel:
     """Of the master weights."""
     backward: frozenset[int]
     """Layers that a gradient goes through."""
+    called: bool = True
+    """Whether a training step runs it; a teacher that only suites ask has its root gathered, and nothing else."""
     inside: bool = False
     """Each layer learns by itself: no gradient leaves it (attention_transfer)."""
 
@@ -45,13 +47,13 @@ class PlannedModel:
         if inside:
             backward = {i for i, mixer in enumerate(mixers(config)) if mixer in RECURRENCES}
         else:
-            lowest = min((-1 if w.role == "embedding" else _height(w, config) for w in weights if w.name in trained))
+            lowest = min(-1 if w.role == "embedding" else _height(w, config) for w in weights if w.name in trained)
             backward = {i for i in range(config.num_hidden_layers) if i >= lowest}
-        return cls(config, tuple(weights), frozenset(trained), recipe.model.dtype, frozenset(backward), inside)
+        return cls(config, tuple(weights), frozenset(trained), recipe.model.dtype, frozenset(backward), inside=inside)
 
     @classmethod
-    def frozen(cls, config: Any, dtype: str) -> PlannedModel:
-        return cls(config, tuple(weights_of(config)), frozenset(), dtype, frozenset())
+    def frozen(cls, config: Any, dtype: str, *, called: bool = True) -> PlannedModel:
+        return cls(config, tuple(weights_of(config)), frozenset(), dtype, frozenset(), called)
 
     @cached_property
     def dims(self) -> Dims:

@@ -54,7 +54,9 @@ def local(weights: Iterable[Weight], grid: Grid) -> int:
 
 def gathers(model: PlannedModel) -> Counter[int | None]:
     """Group -> how often it is gathered."""
-    found: Counter[int | None] = Counter({group.layer: 1 for group in model.groups})
+    found: Counter[int | None] = Counter(
+        {group.layer: 1 for group in (model.groups if model.called else model.groups[:1])}
+    )
     back = set(model.backward)
     found.update(back | {i - 1 for i in back if i > 0})
     return found
@@ -69,7 +71,8 @@ def microbatch(models: Iterable[PlannedModel], grid: Grid, compute: int) -> list
         for group in model.groups:
             whole = sum(padded(w, grid) for w in group.weights)
             learning = sum(padded(w, grid) for w in model.learning(group))
-            _add(count, total, ("all_gather", "shard"), often[group.layer], compute * whole)
+            if often[group.layer]:
+                _add(count, total, ("all_gather", "shard"), often[group.layer], compute * whole)
             if learning:
                 _add(count, total, ("reduce_scatter", "shard"), 1, REDUCED * learning)
                 if grid.replicas > 1:

@@ -1,11 +1,11 @@
 """What an objective does with a row, in the words its component declares; what it does not say is the usual.
 
-    copies          times that the row goes through the student (block diffusion: noisy and clean; 1)
-    scored          rows of logits for each clean token (1)
-    heads           calls of the head that keep a gradient of it (1)
-    visible         (query, key) pairs of a row of T tokens (T^2 / 2: one causal document)
-    inside_layers   each layer learns by itself, and no gradient leaves it (false)
-    teacher_reads   `all` rows, or those of sources marked `replay`
+copies          times that the row goes through the student (block diffusion: noisy and clean; 1)
+scored          rows of logits for each clean token (1)
+heads           calls of the head that keep a gradient of it (1)
+visible         (query, key) pairs of a row of T tokens (T^2 / 2: one causal document)
+inside_layers   each layer learns by itself, and no gradient leaves it (false)
+teacher_reads   `all` rows, or those of sources marked `replay`
 """
 
 from __future__ import annotations

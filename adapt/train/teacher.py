@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from adapt.config.schema import Model, Recipe, Tokenizer
+from adapt.config.schema import Recipe
 from adapt.distributed.shard import make_mesh, shard
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
@@ -14,6 +13,7 @@ from adapt.pretrained import load_model, load_tokenizer
 from adapt.train.build import compute_dtype
 from adapt.train.root import Frozen
 from adapt.train.rules import learners
+from adapt.train.teacher_recipe import as_taught
 
 
 def build_teacher(recipe: Recipe, tokenizer: Any, world: World) -> Frozen | None:
@@ -30,22 +30,6 @@ def build_teacher(recipe: Recipe, tokenizer: Any, world: World) -> Frozen | None
         return frozen.to(world.device)
     shard(frozen, [model], make_mesh(world, recipe.trainer.mesh), compute_dtype(recipe, world))
     return frozen
-
-
-def as_taught(recipe: Recipe) -> Recipe:
-    """The recipe whose model is the teacher: the base before conversions, or another model altogether."""
-    teacher, own = recipe.teacher, recipe.model
-    if teacher.base == "self":
-        model = dataclasses.replace(own, conversions=(), dtype=teacher.dtype, revision=teacher.revision or own.revision)
-    else:
-        model = Model(
-            base=teacher.base,
-            revision=teacher.revision,
-            dtype=teacher.dtype,
-            attention=own.attention,
-            trust_remote_code=own.trust_remote_code,
-        )
-    return dataclasses.replace(recipe, model=model, tokenizer=Tokenizer())
 
 
 def check_tokens(student: Any, teacher: Any) -> None:

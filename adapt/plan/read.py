@@ -1,0 +1,67 @@
+"""From a recipe to stage plans: shapes of student and teacher, without a weight and without the Hub where need be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapt.config import Resolved
+from adapt.config.schema import Recipe
+from adapt.errors import NotReachable, UserError
+from adapt.plan.cluster import Cluster
+from adapt.plan.model import PlannedModel
+from adapt.plan.stage import StagePlan
+from adapt.train.rules import learners
+from adapt.train.teacher_recipe import as_taught
+
+
+def stage_plans(resolved: Resolved, cluster: Cluster) -> tuple[list[StagePlan], list[str]]:
+    """The plan of every stage (of every arm), and what stays open. Raises UserError with every problem."""
+    found: list[StagePlan] = []
+    notes: list[str] = []
+    for arm, run in (resolved.arms or {"": resolved}).items():
+        config = student_config(run.recipe, notes)
+        teachers: dict[Any, Any] = {}
+        for name, recipe in zip(run.names, run.stages, strict=True):
+            if recipe.teacher not in teachers:
+                teachers[recipe.teacher] = teacher_config(recipe, notes)
+            label = " / ".join(part for part in (arm, name if len(run.stages) > 1 else "") if part)
+            found.append(stage_plan(label, recipe, cluster, config, teachers[recipe.teacher]))
+    return found, list(dict.fromkeys(notes))
+
+
+def stage_plan(name: str, recipe: Recipe, cluster: Cluster, config: Any, teacher: Any) -> StagePlan:
+    taught = (
+        None
+        if teacher is None
+        else PlannedModel.frozen(teacher, recipe.teacher.dtype, called=recipe.objective.declares("needs_teacher"))
+    )
+    return StagePlan(name, recipe, cluster, PlannedModel.student(recipe, config), taught)
+
+
+def student_config(recipe: Recipe, notes: list[str]) -> Any:
+    from adapt.pretrained.check import inspect_base
+
+    found = inspect_base(recipe)
+    if found.problems:
+        raise UserError(found.problems)
+    notes += found.unchecked
+    if found.tokenizer is None and any(choice.declares("fills_rows") for choice in recipe.model.conversions):
+        notes.append(
+            f"rows that conversions add for new tokens are not counted: {found.config.vocab_size:,} are the base's"
+        )
+    return found.config
+
+
+def teacher_config(recipe: Recipe, notes: list[str]) -> Any:
+    """None where no teacher is in memory, or its shape is out of reach."""
+    from adapt.pretrained import load_config
+
+    if recipe.teacher is None or not learners(recipe):
+        return None
+    try:
+        return load_config(as_taught(recipe).model)
+    except NotReachable:
+        notes.append(
+            f"teacher.base: {recipe.teacher.base} is out of reach; state its shape in teacher.arch to have it counted"
+        )
+        return None
