@@ -102,7 +102,7 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
     width = prepared.inputs["input_ids"].shape[1]
     counted = Counted()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, mock.patch.object(attention, "make_plan", lambda layout, backend="auto": _whole(rows, width)):
+    with fake, mock.patch.object(attention, "make_plan", return_value=_whole(rows, width)):
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
         optimizer = recipe.optimizer.build(student)
