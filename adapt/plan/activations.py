@@ -27,7 +27,7 @@ def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> fl
         return any(f".{module}." in name for name in learning)
 
     if model.inside:
-        return _recurrence(model, mixer, c) if group.layer in model.backward else 0.0
+        return _recurrence(model, group, c) if group.layer in model.backward else 0.0
     read = any(map(learns, ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")))
     total = norm_bytes(s.D, c, learns("input_layernorm"), read)
     if mixer == "latent":
@@ -35,7 +35,7 @@ def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> fl
     elif mixer == "attention":
         total += _attention(model, c, learns, tiled)
     else:
-        total += _recurrence(model, mixer, c)
+        total += _recurrence(model, group, c)
     total += norm_bytes(s.D, c, learns("post_attention_layernorm"), learns("gate_proj") or learns("up_proj"))
     total += 3 * c * s.I + (c * s.I if learns("down_proj") else 0)  # gate, silu(gate), up; their product
     return total + _adapters(group, c)
@@ -72,16 +72,17 @@ def _latent(model: PlannedModel, layer: int, c: int, learns: Learns, tiled: bool
     return total + _output(value, c, learns, tiled)
 
 
-SAVED_BY_RECURRENCE = {"gated_linear": 17.0, "mamba2": 15.0}
-"""Float32 numbers for each of the H d channels of a token that the torch forms keep (measured; CUDA packages keep less)."""
+SAVED_BY_RECURRENCE = {"gated_linear": (17.3, 28.5), "mamba2": (14.0, 19.0)}
+"""Float32 numbers for each of the H d channels of a token that the torch forms keep while their own weights are frozen, and
+while they learn. Measured with torch's tracker, not read off; CUDA packages keep less."""
 
 
-def _recurrence(model: PlannedModel, mixer: str, c: int) -> float:
-    s = model.dims
+def _recurrence(model: PlannedModel, group: Group, c: int) -> float:
+    s, mixer = model.dims, model.mixers[group.layer]
     options = (model.config.mixer_options or {}).get(mixer, {})
-    chunk = options.get("chunk", 64)
-    scores = 2 * 4 * s.H * chunk  # of a token with those of its chunk
-    return 4 * SAVED_BY_RECURRENCE.get(mixer, 16.0) * s.H * s.d + scores + c * (s.H + 2 * s.G) * s.d
+    scores = 2 * 4 * s.H * options.get("chunk", 64)  # of a token with those of its chunk
+    learns = any(w.created and model.learns(w) for w in group.weights)
+    return 4 * SAVED_BY_RECURRENCE[mixer][learns] * s.H * s.d + scores + c * (s.H + 2 * s.G) * s.d
 
 
 def _adapters(group: Group, c: int) -> float:

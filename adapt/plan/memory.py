@@ -151,14 +151,16 @@ def loss_bytes(
     )
     matrix = s.V * s.D if learns else 0
     each = c * matrix
-    loss = (
-        0.0 if work.heads == 1 else each * (work.heads - (c == 2))
-    )  # until they are added up; float32: a sum beside them
-    loss += 4 * chunk * s.V + c * scored * s.D
-    if c == 2:
-        loss += 2 * chunk * s.V + (8 * s.V * s.D if setup.device == "cpu" else 0)
+    summed = 0.0 if work.heads == 1 else each * (work.heads - (c == 2))  # float32: what they add up to, beside them
+    entropy, divergence = 0.0, 0.0
+    if work.heads > work.divergence:
+        entropy = 4 * chunk * s.V
+        if c == 2:
+            entropy += 2 * chunk * s.V  # logits once more, in the compute dtype
+            entropy += (4 * s.V * s.D + 4 * matrix) if setup.device == "cpu" else 0  # head and its gradient in float32
     if work.divergence and teacher is not None:
-        loss += 4 * 4 * chunk * s.V + 2 * 4 * matrix + c * work.taught * scored * teacher.dims.D
+        divergence = 4 * 4 * chunk * s.V + 2 * 4 * matrix + c * work.taught * scored * teacher.dims.D
+    loss = summed + max(entropy, divergence) + c * scored * s.D
     return loss, float(each)
 
 

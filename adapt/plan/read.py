@@ -20,12 +20,13 @@ def stage_plans(resolved: Resolved, cluster: Cluster) -> tuple[list[StagePlan], 
     notes: list[str] = []
     for arm, run in (resolved.arms or {"": resolved}).items():
         config = student_config(run.recipe, notes)
-        teachers: dict[Any, Any] = {}
+        teachers: dict[str, Any] = {}
         for name, recipe in zip(run.names, run.stages, strict=True):
-            if recipe.teacher not in teachers:
-                teachers[recipe.teacher] = teacher_config(recipe, notes)
+            asked = f"{recipe.teacher} of {learners(recipe)}"
+            if asked not in teachers:
+                teachers[asked] = teacher_config(recipe, notes)
             label = " / ".join(part for part in (arm, name if len(run.stages) > 1 else "") if part)
-            found.append(stage_plan(label, recipe, cluster, config, teachers[recipe.teacher]))
+            found.append(stage_plan(label, recipe, cluster, config, teachers[asked]))
     return found, list(dict.fromkeys(notes))
 
 
