@@ -97,22 +97,21 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         frozen = Frozen(_on_meta(teacher, recipe.teacher.dtype, None))
         shard(frozen, [frozen.model], mesh, compute)
         root.teach(frozen)
+    state = _state_bytes(recipe.optimizer.build(student))  # on the meta device, of this rank's shards
     objective = recipe.objective.build(_facts(recipe, student))
-    prepared = objective.prepare(_batch(recipe, config, rows), seed=recipe.run.seed, step=objective.largest_step())
+    prepared = objective.prepare(whole_rows(recipe, config, rows), seed=recipe.run.seed, step=objective.largest_step())
     width = prepared.inputs["input_ids"].shape[1]
     counted = Counted()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, mock.patch.object(attention, "make_plan", return_value=_whole(rows, width)):
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
-        optimizer = recipe.optimizer.build(student)
         inputs = _faked(prepared.inputs, fake)
         tracker = FSDPMemTracker(root.train())
         with tracker, counted:
             found = root(objective, inputs)
             sum(prepared.terms[n].weight * found[n] for n in prepared.terms).backward()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        state = _state_bytes(optimizer)
     parameters = sum(p.numel() for p in student.parameters())
     return Seen(dict(counted.counts), dict(counted.bytes), {str(k): int(v) for k, v in peak.items()}, state, parameters)
 
@@ -162,7 +161,7 @@ def _facts(recipe: Recipe, student: Any) -> Facts:
     )
 
 
-def _batch(recipe: Recipe, config: Any, rows: int) -> Batch:
+def whole_rows(recipe: Recipe, config: Any, rows: int) -> Batch:
     """Rows of one document each, every token of which is learned: the most there can be."""
     length, index = recipe.data.seq_len, torch.arange(rows)
     ids = torch.arange(rows * length).view(rows, length) % max(2, config.vocab_size - 8)

@@ -1,7 +1,8 @@
 """Memory of one rank by kind, at the worst of the moments at which a step can be worst.
 
     loss        the last rows of logits: every activation is there, and the root is whole
-    backward    the last layer (with checkpointing: recomputed), the next one's gathered buffer, gradients on their way
+    last layer  its backward (with checkpointing: recomputed), the next one's gathered buffer, gradients on their way
+    first layer the same where backward ends: activations are gone, and the gradients of the other layers have come
     root        the gradients of embedding and head, whole, in float32 too, on their way to their shards
     optimizer   everything is sharded, and the optimizer stacks what it works on
 
@@ -21,6 +22,10 @@ from adapt.plan.work import Work
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Rows of logits at one time (adapt.losses.linear_cross_entropy)."""
+
+
+REDUCING = 2
+"""Layers whose gradients have not reached their shards yet when the first one's backward is at its widest."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +82,20 @@ def moments(
         )
     ]
     full = layer_bytes(student, widest, c, tiled=setup.device == "cpu") * tokens
-    again = full if setup.checkpointing else 0.0
+    own = full + c * student.dims.D * tokens if setup.checkpointing else full
     learning = sum(padded(w, setup.grid) for w in student.learning(widest))
-    found.append(
-        Moment(
-            "backward",
-            held
-            | {
-                "whole weights": root + 2 * next_one,
-                "activations": kept(student, work, setup, rows, layers_only=True) + again,
-                "logits and loss": head,
-                "whole gradients": (c + REDUCED) * learning,
-                "working memory": working(student, c) * tokens,
-            },
-        )
-    )
+    passing = {
+        "whole weights": root + 2 * next_one,
+        "logits and loss": head,
+        "whole gradients": (c + REDUCED) * learning,
+        "working memory": working(student, c) * tokens,
+    }
+    of_layers = kept(student, work, setup, rows, layers_only=True)
+    last = of_layers + (full if setup.checkpointing else 0.0)
+    found.append(Moment("last layer", held | passing | {"activations": last}))
+    reduced = sum(_gradients(student, g, setup) for g in student.layers[REDUCING:])
+    there = held["gradients"] if accumulated else reduced
+    found.append(Moment("first layer", held | {"gradients": there} | passing | {"activations": own}))
     ends = sum(padded(w, setup.grid) for w in student.learning(student.root))
     found.append(Moment("root", ended | {"whole weights": next_one, "whole gradients": (c + REDUCED) * ends}))
     found.append(Moment("optimizer", ended | {"working memory": float(optimizer.step_buffers)}))
@@ -102,6 +106,11 @@ def _whole(group: Group, setup: Setup) -> int:
     return sum(padded(w, setup.grid) for w in group.weights)
 
 
+def _gradients(student: PlannedModel, group: Group, setup: Setup) -> float:
+    """Of a rank's shards."""
+    return float(sum(local([w], setup.grid) * student.bytes_each(w) for w in student.learning(group)))
+
+
 def _held(
     student: PlannedModel, teacher: PlannedModel | None, optimizer: OptimizerPlan, setup: Setup
 ) -> dict[str, float]:
@@ -109,7 +118,7 @@ def _held(
     grid = setup.grid
     found = {
         "weights": float(sum(local([w], grid) * student.bytes_each(w) for w in student.weights)),
-        "gradients": float(sum(local([w], grid) * student.bytes_each(w) for w in student.weights if student.learns(w))),
+        "gradients": sum(_gradients(student, group, setup) for group in student.groups),
         "optimizer": float(optimizer.state),
     }
     if teacher is not None:

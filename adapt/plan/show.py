@@ -7,7 +7,6 @@ from typing import Any
 
 from adapt.plan.advice import warnings
 from adapt.plan.cluster import GIB, Cluster
-from adapt.plan.memory import Moment
 from adapt.plan.stage import StagePlan
 
 
@@ -179,17 +178,17 @@ def _table(title: str, columns: list[str]) -> Any:
 
 def print_seen(planned: dict[str, tuple[float, float]], console: Any) -> None:
     """`planned`: what -> (formula, seen)."""
-    table = _table("one microbatch of one row, on fake ranks", ["formula", "seen", "difference"])
+    console.print(
+        "one microbatch of one row on fake ranks, with the kernels of a CPU; memory without the optimizer's state and a"
+    )
+    console.print("teacher's shards:")
+    table = _table("", ["formula", "seen", "difference"])
     for what, (formula, seen) in planned.items():
         apart = (
             "0" if formula == seen else f"{formula - seen:+,.0f} ({(formula / seen - 1) if seen else math.inf:+.1%})"
         )
         table.add_row(what, f"{formula:,.0f}", f"{seen:,.0f}", apart)
     console.print(table)
-
-
-def peak(found: list[Moment]) -> Moment:
-    return max(found, key=lambda moment: moment.total)
 
 
 def gib(size: float) -> str:

@@ -113,5 +113,5 @@ def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
     found["optimizer state, bytes"] = (one.optimizer.state, seen.state)
     of_one = moments(one.student, one.teacher, one.work, one.optimizer, setup, 1, accumulated=False)
     followed = [sum(v for k, v in m.kinds.items() if k not in ("optimizer", "teacher")) for m in of_one]
-    found["memory besides the optimizer's (and a teacher's shards), bytes"] = (max(followed), seen.memory["Total"])
+    found["memory, bytes"] = (max(followed), seen.memory["Total"])
     return found
