@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "trainer.mesh",
     "trainer.devices",
     "trainer.microbatch",
+    "trainer.deterministic",
     "trainer.non_finite",
     "trainer.max_non_finite",
     "logging",

@@ -1,18 +1,25 @@
 """Recurrent layers against softmax attention on a CPU: prefill, forward and backward, decoding, memory.
 
-    python benchmarks/linear_attention.py                     # one layer of SmolLM2-135M's shape, 1K to 16K tokens
-    python benchmarks/linear_attention.py --lengths 1024 32768 --repeat 1
+    python benchmarks/linear_attention.py prefill                 # one layer of SmolLM2-135M's shape, 1K to 32K tokens
+    python benchmarks/linear_attention.py decode                  # one token after 1K, 4K and 16K
+    python benchmarks/linear_attention.py train --fla FOLDER      # forward and backward against flash-linear-attention
 
-One thread, float32, one row. Times are **process CPU-seconds**, the least of a few repeats, so that a busy machine does
-not change them much. A layer here is what stands between the projections: rotary embedding and SDPA for attention;
-convolutions, feature maps, decays and the recurrence for the others.
+One thread, float32, one row. Times are process CPU seconds: variants take turns, medians count. A layer here is what
+stands between the projections: rotary embedding and SDPA for attention; convolutions, feature maps, decays and the
+recurrence for the others. Whole models are in linear_model.py.
+
+FOLDER is where a wheel of `fla-core` lies unpacked (its `fla/ops/gla/naive.py` is what runs: plain torch, the package's
+reference on devices without Triton); left out, an installed one is looked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +29,7 @@ import torch.nn.functional as F
 
 from adapt.models.blocks import blocks
 from adapt.models.configuration_adapted import AdaptedConfig
-from adapt.models.linear_attention import recurrent
+from adapt.models.linear_attention import chunked, floor, quadratic
 from adapt.models.linear_mixer import in_pieces
 from adapt.models.modeling_adapted import MIXERS
 from adapt.models.tokens import Tokens
@@ -72,92 +79,148 @@ def softmax(length: int):
     return run
 
 
-def linear(name: str, length: int, gradients: bool = False):
+def linear(name: str, length: int):
     module, (x, q, k, v) = recurrence(name), inputs(length)
-
-    def run():
-        heads, _ = in_pieces(module, x, q, k, v, ((), None), Tokens(), None)
-        if gradients:
-            heads.square().mean().backward()
-        return heads
-
-    return run
+    return lambda: in_pieces(module, x, q, k, v, ((), None), Tokens(), None)[0]
 
 
-def cost(run, repeat: int, gradients: bool = False) -> float:
-    best = float("inf")
-    with torch.set_grad_enabled(gradients):
-        for _ in range(repeat):
+def medians(variants: dict[str, Callable], repeat: int, times: int = 1) -> dict[str, float]:
+    """CPU seconds of a call; the variants take turns, `times` calls a turn, after a round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeat + 1):
+        for name, run in variants.items():
             started = time.process_time()
-            run()
-            best = min(best, time.process_time() - started)
-    return best
-
-
-def prefill(lengths: list[int], repeat: int) -> None:
-    print("\nPrefill of one layer, CPU-seconds (times SDPA's speed)\n")
-    print(f"| tokens | SDPA | {' | '.join(LAYERS)} |")
-    print(f"|---|---|{'---|' * len(LAYERS)}")
-    for length in lengths:
-        base = cost(softmax(length), repeat)
-        ours = [cost(linear(name, length), repeat) for name in LAYERS]
-        cells = " | ".join(f"{t:.3f} ({base / t:.2f}x)" for t in ours)
-        print(f"| {length:,} | {base:.3f} | {cells} |", flush=True)
-
-
-def training(repeat: int, length: int = 2048) -> None:
-    """Against the recurrence token by token, which is what flash-linear-attention's `naive_recurrent_gla` does in
-    torch."""
-    print(f"\nForward and backward of the recurrence itself, {length:,} tokens, CPU-seconds\n")
-    from adapt.models.linear_attention import chunked, floor
-
-    torch.manual_seed(0)
-    q, k = (torch.randn(1, HEADS, length, HEAD_DIM).softmax(-1) for _ in range(2))
-    v, g = torch.randn(1, HEADS, length, HEAD_DIM + 1), -torch.rand(1, HEADS, length, HEAD_DIM).clamp_max(-floor(64))
-    leaves = [t.requires_grad_() for t in (q, k, v, g)]
-
-    def of(form):
-        return lambda: form(*leaves)[0].square().mean().backward()
-
-    naive = cost(of(recurrent), 1, gradients=True)
-    print("| form | CPU-seconds | |\n|---|---|---|")
-    print(f"| token by token | {naive:.2f} | 1x |", flush=True)
-    for name, exact in (("exact chunks", True), ("fast chunks", False)):
-        took = cost(of(lambda *a, exact=exact: chunked(*a, chunk=64, exact=exact)), repeat, gradients=True)
-        print(f"| {name} | {took:.2f} | {naive / took:.1f}x |", flush=True)
+            for _ in range(times):
+                run()
+            if turn:
+                taken[name].append((time.process_time() - started) / times)
+    return {name: statistics.median(of) for name, of in taken.items()}
 
 
 @torch.no_grad()
-def decoding(repeat: int, tokens: int = 32) -> None:
-    print("\nDecoding with one layer, CPU-milliseconds a token and bytes of state, after a prompt\n")
-    print("| layer | 1K | 4K | 16K |\n|---|---|---|---|")
-    for name in ("lawcat", "mamba2"):
-        module, cells = recurrence(name), []
-        for length in (1024, 4096, 16384):
-            x, q, k, v = inputs(length)
-            _, states = module(x, q, k, v, None, Tokens(), None)
-            x, q, k, v = inputs(1)
+def prefill(lengths: list[int], repeat: int) -> None:
+    print("\nPrefill of one layer, CPU seconds (times SDPA's speed)\n")
+    print(f"| tokens | SDPA | {' | '.join(LAYERS)} |")
+    print(f"|---|---|{'---|' * len(LAYERS)}")
+    for length in lengths:
+        found = medians({"SDPA": softmax(length), **{name: linear(name, length) for name in LAYERS}}, repeat)
+        base = found.pop("SDPA")
+        cells = " | ".join(f"{t:.3f} ({base / t:.2f}x)" for t in found.values())
+        print(f"| {length:,} | {base:.3f} | {cells} |", flush=True)
 
-            def run(states=states, module=module, step=(x, q, k, v)):
-                for _ in range(tokens):
-                    _, states = module(*step, None, Tokens(), states)
 
-            size = sum(s.numel() * s.element_size() for s in states.values())
-            cells.append(f"{1000 * cost(run, repeat) / tokens:.2f} ms, {size:,} B")
+def naive_gla(folder: Path | None) -> Callable:
+    """flash-linear-attention's recurrence in torch. The package itself needs Triton to import; this file does not."""
+    if folder is None:
+        spec = importlib.util.find_spec("fla")
+        if spec is None:
+            sys.exit("flash-linear-attention is not installed: unpack a wheel of fla-core and give its folder as --fla")
+        folder = Path(next(iter(spec.submodule_search_locations))).parent
+    file = folder / "fla" / "ops" / "gla" / "naive.py"
+    if not file.is_file():
+        sys.exit(f"{file} is not there: --fla is the folder that holds the package `fla`")
+    spec = importlib.util.spec_from_file_location("fla_naive_gla", file)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module.naive_recurrent_gla
+
+
+def train(lengths: list[int], repeat: int, fla: Path | None) -> None:
+    """The recurrence itself, forward and backward, on the same inputs; then how far each is from float64."""
+    naive = naive_gla(fla)
+
+    def theirs(q, k, v, g):  # [B, T, H, *], and it multiplies q by K^-1/2
+        q, k, v, g = (t.transpose(1, 2) for t in (q * q.shape[-1] ** 0.5, k, v, g))
+        return naive(q, k, v, g)[0].transpose(1, 2)
+
+    forms = {
+        "flash-linear-attention, naive_recurrent_gla": theirs,
+        "ours, exact chunks": lambda *t: chunked(*t, chunk=64, exact=True)[0],
+        "ours, fast chunks": lambda *t: chunked(*t, chunk=64)[0],
+    }
+    print("\nForward and backward of the recurrence, CPU seconds\n")
+    print("| tokens | form | CPU s | | furthest from float64: output | gradients |\n|---|---|---|---|---|---|")
+    for length in lengths:
+        leaves, weight = tensors(length)
+
+        def of(form, leaves=leaves, weight=weight):
+            def run():
+                out = form(*leaves)
+                return out.detach(), torch.autograd.grad((out * weight).sum(), leaves)
+
+            return run
+
+        took = medians({name: of(form) for name, form in forms.items()}, repeat)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        right, slopes = of(lambda *t: chunked(*t, chunk=64, exact=True)[0], exact, weight.double())()
+        slow = next(iter(took.values()))
+        for name, form in forms.items():
+            out, grads = of(form)()
+            far = [relative(a, b) for a, b in zip(grads, slopes, strict=True)]
+            cells = f"{took[name]:.3f} | {slow / took[name]:.1f}x | {relative(out, right):.1e} | {max(far):.1e}"
+            print(f"| {length:,} | {name} | {cells} |", flush=True)
+    leaves = [t.detach() for t in tensors(256)[0]]
+    right = quadratic(*(t.double() for t in leaves))[0]
+    far = {name: relative(form(*leaves), right) for name, form in forms.items()}
+    print(f"\nFrom the definition in float64, 256 tokens: {', '.join(f'{n} {x:.1e}' for n, x in far.items())}")
+
+
+def tensors(length: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """q, k, v with a column of ones, log decays down to the fast form's limit; a weight of the outputs."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, HEADS, length, HEAD_DIM).softmax(-1) for _ in range(2))
+    v = F.pad(torch.randn(1, HEADS, length, HEAD_DIM), (0, 1), value=1.0)
+    g = floor(64) * torch.rand(1, HEADS, length, HEAD_DIM) ** 4
+    return [t.requires_grad_() for t in (q, k, v, g)], torch.randn(1, HEADS, length, HEAD_DIM + 1)
+
+
+def relative(found: torch.Tensor, right: torch.Tensor) -> float:
+    return ((found - right).abs().max() / right.abs().max()).item()
+
+
+@torch.no_grad()
+def decode(lengths: list[int], repeat: int, tokens: int = 32) -> None:
+    """After a prompt; attention reads keys and values of drawn numbers, in place (a cache that grows copies them)."""
+    print("\nOne token in one layer, CPU ms, and bytes it keeps, after so many tokens\n")
+    print(f"| layer | {' | '.join(f'{n:,}' for n in lengths)} |\n|---|{'---|' * len(lengths)}")
+    variants, sizes = {}, {}
+    _, q, *_ = inputs(1)
+    for length in lengths:
+        keys, values = (torch.randn(1, GROUPS, length, HEAD_DIM) for _ in range(2))
+        variants["SDPA", length] = lambda k=keys, v=values: F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, enable_gqa=True
+        )
+        sizes["SDPA", length] = 2 * keys.numel() * keys.element_size()
+    for name in LAYERS:
+        module = recurrence(name)
+        for length in lengths:
+            _, states = in_pieces(module, *inputs(length), ((), None), Tokens(), None)
+            held = {"states": states}
+
+            def run(held=held, module=module, step=inputs(1)):
+                _, held["states"] = module(*step, None, Tokens(), held["states"])
+
+            variants[name, length] = run
+            sizes[name, length] = sum(s.numel() * s.element_size() for s in states.values())
+    found = medians(variants, repeat, tokens)
+    for name in ("SDPA", *LAYERS):
+        cells = [f"{1000 * found[name, n]:.2f} ms, {sizes[name, n]:,} B" for n in lengths]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prefill", "decode", "train"])
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens")
     parser.add_argument("--repeat", type=int, default=3)
-    chosen = parser.parse_args()
+    parser.add_argument("--fla", type=Path, help="folder of an unpacked wheel of fla-core")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    softmax(256)()  # the first call of a process pays for all
-    linear("lawcat", 256)()
-    prefill(chosen.lengths, chosen.repeat)
-    training(chosen.repeat)
-    decoding(chosen.repeat)
+    if args.what == "prefill":
+        prefill(args.lengths or [1024, 2048, 4096, 8192, 16384, 32768], args.repeat)
+    elif args.what == "decode":
+        decode(args.lengths or [1024, 4096, 16384], args.repeat)
+    else:
+        train(args.lengths or [512, 2048], args.repeat, args.fla)
 
 
 if __name__ == "__main__":

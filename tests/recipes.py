@@ -42,6 +42,19 @@ def corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     return path
 
 
+def preferences(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """A JSONL file of preference pairs: short answers are better than long ones. All fit into 64 tokens."""
+    rng = random.Random(seed)
+
+    def words(number: int) -> str:
+        return " ".join(rng.choices(WORDS, k=number))
+
+    path = folder / f"pairs-{seed}.jsonl"
+    records = [{"prompt": words(3), "chosen": words(2), "rejected": words(rng.randint(4, 6))} for _ in range(count)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
 def tiny_recipe(base: Path, folder: Path, **over: Any) -> dict[str, Any]:
     """Block diffusion on a tiny Llama: 6 steps of 4 rows of 64 tokens, blocks 2 -> 4 -> 8.
 

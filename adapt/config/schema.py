@@ -189,6 +189,9 @@ class Mesh:
     """Ranks that share one copy of the model (FSDP2). `auto`: all ranks / replicate."""
     replicate: int = 1
     """Copies of the sharded model (HSDP)."""
+    offload: bool = False
+    """Sharded weights, gradients and the optimizer's state live in the host's memory, and weights visit the GPU a layer at
+    a time: room for a larger model, and a slower step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +214,13 @@ class Trainer:
     """Global gradient norm limit; null: no clipping."""
     compile: bool = False
     """torch.compile every decoder layer."""
-    activation_checkpointing: bool = False
-    """Recompute layers in the backward pass: about 0.4x the activation memory for 1.3x the time."""
+    activation_checkpointing: bool | Literal["selective", "offload"] = False
+    """Recompute layers in the backward pass: about 0.4x the activation memory for 1.3x the time. `selective` keeps the
+    results of attention and of every second matrix product: half the extra time. `offload`: what is left of a layer
+    waits in the host's memory."""
+    deterministic: bool = False
+    """The same bits from every run on the same hardware and ranks (on CPUs they are in any case). Slower on GPUs; an
+    operation that has no such form there stops the run and is named."""
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
     """A non-finite loss or gradient: `stop` (the weights stay as they were), `skip` the update, or `rewind` to the last
     checkpoint and leave out the data in between."""
@@ -290,8 +298,9 @@ class Interpolation:
 class Export:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the exported weights; logits are compared in this dtype before the export counts as done."""
-    target: Literal["hf", "vllm"] = "hf"
-    """What must be able to load the folder besides transformers; what it cannot express is refused by name."""
+    target: Literal["hf", "vllm", "code"] = "hf"
+    """What must be able to load the folder besides transformers; what it cannot express is refused by name. `code`:
+    students of ours keep their own class, and with it ranks of each layer's own, which stock classes pad."""
     interpolation: Interpolation | None = None
     """Export weights between the start and the end of the run: less is forgotten, for a part of the gain. The start is
     kept as a checkpoint of its own, so the section must be there from the beginning."""

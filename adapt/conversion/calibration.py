@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapt.config.schema import Recipe
 from adapt.data.batch import PAD, Batch
+from adapt.errors import Problem, UserError
 from adapt.models import attention
 from adapt.models.layout import Layout
 
@@ -44,6 +45,14 @@ def training_rows(recipe: Recipe, tokens: int) -> Iterator[Batch]:
         yield from eval_batches(one, recipe.data.seq_len, 2, rows)
 
 
+def refuse_unread(model: nn.Module, batch: Batch) -> None:
+    """Raises UserError where the text has tokens that the model gets from a conversion after this one."""
+    rows, highest = model.get_input_embeddings().num_embeddings, int(batch.input_ids.max())
+    if highest >= rows:
+        what = f"the training text has token {highest:,}, and the model only {rows:,} rows so far; put conversions that add"
+        raise UserError(Problem("", f"{what} tokens before this one, which measures the model on that text"))
+
+
 @torch.no_grad()
 def attention_inputs(
     model: nn.Module, batches: Iterable[Batch], layers: Iterable[int], tokens: int
@@ -65,6 +74,7 @@ def attention_inputs(
     try:
         with _our_attention(model):
             for batch in batches:
+                refuse_unread(model, batch)
                 real = (batch.role != PAD).to(device)
                 layout = Layout.causal(batch.doc_ids, batch.position_ids).to(device)
                 ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)

@@ -3,6 +3,7 @@ exactly, else that of the class with a mixer per layer (x-ecomla spec, section 8
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from adapt.pretrained.families import FAMILIES, family, sliding_window, unsuppor
 
 ROPE_TYPES = ("default", "llama3", "linear")
 """Those that scale each frequency for itself, so that a choice of frequencies keeps its scaling."""
+
+YARN = {"rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0}
+"""As the authors' training scripts set it."""
 
 SHARED = (
     "vocab_size",
@@ -94,6 +98,21 @@ def student_config(config: Any, layout: Layout) -> Any:
     return AdaptedConfig.of(config, dict.fromkeys(layout.layers, "latent"), {"latent": options})
 
 
+def told(config: Any, layout: Layout, target: str) -> str:
+    """What the user hears of ranks that follow from the weights; `target`: of the export."""
+    teacher, ranks = TeacherShape.of(config), layout.kv_ranks
+    shapes: dict[int, int] = dict(zip(layout.layers, (r + layout.rope_dim for r in ranks), strict=True))
+    whole = config.num_hidden_layers * teacher.cache
+    numbers = sum(shapes.get(i, teacher.cache) for i in range(config.num_hidden_layers))
+    text = f"latents of {', '.join(map(str, ranks))}: {numbers:,} numbers of cache per token, {numbers / whole:.1%} of the base's"
+    stock = dataclasses.replace(layout, free_ranks=False, kv_ranks=ranks[:1], q_rank=None)
+    if target != "code" and len(set(ranks)) > 1 and not stock.foreign(config.num_hidden_layers):
+        padded = len(ranks) * (max(ranks) + layout.rope_dim)
+        text += f". An export in the stock class pads all of them to {max(ranks)} ({padded / whole:.1%}); export.target: code "
+        text += "keeps them"
+    return text
+
+
 def stock_config(
     config: Any, kv_rank: int, nope_dim: int, rope_dim: int, rope: dict[str, Any], *, biases: bool = False
 ) -> Any:
@@ -132,16 +151,18 @@ def stock_config(
     return made
 
 
-def rope_of(config: Any, how: str, rope_dim: int) -> dict[str, Any]:
+def rope_of(config: Any, how: str, rope_dim: int, yarn: int | None = None) -> dict[str, Any]:
     """The student's `rope_parameters`: the base's scaling, and the base frequency at which the i-th pair turns as the
-    pair it was chosen for (theta^(-2i/d_r); `high` needs another theta)."""
+    pair it was chosen for (theta^(-2i/d_r); `high` needs another theta). `yarn`: YaRN of that context in its place."""
     own = dict(config.rope_parameters or {"rope_type": "default"})
     theta = own.get("rope_theta", 10000.0)
+    if yarn is not None:
+        own = YARN | {"factor": own.get("factor"), "original_max_position_embeddings": yarn}
     return {**own, "rope_theta": theta ** (rope_dim / TeacherShape.of(config).head_dim) if how == "high" else theta}
 
 
-def teacher_problems(config: Any, layers: tuple[int, ...]) -> list[Problem]:
-    """What keeps a base from being converted."""
+def teacher_problems(config: Any, layers: tuple[int, ...], *, yarn: bool = False) -> list[Problem]:
+    """What keeps a base from being converted. `yarn`: latent layers get YaRN with the base's factor."""
     problems = []
     if (kind := family(config)) not in FAMILIES:
         return [unsupported(kind)]
@@ -158,7 +179,10 @@ def teacher_problems(config: Any, layers: tuple[int, ...]) -> list[Problem]:
         )
         problems.append(Problem("model.base", what))
     rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
+    if yarn and not (config.rope_parameters or {}).get("factor"):
+        what = f"yarn takes its factor from the base's scaling, and this base has {rope} RoPE without one; leave it out"
+        problems.append(Problem("rope_scaling", what))
+    if rope not in ROPE_TYPES and not yarn:
         what = f"{rope} RoPE depends on all frequencies of a head together, and latent attention keeps some of them"
         problems.append(Problem("model.rope_scaling", f"{what}; use one of {', '.join(ROPE_TYPES)}"))
     return problems
@@ -183,9 +207,9 @@ def target_problems(config: Any, layout: Layout, target: str) -> list[Problem]:
     if layout.biases:
         what = "vllm skips biases in this class without a word; set biases: drop (and distil), or set it to hf"
         problems.append(Problem(where, what))
-    if (kind := layout.rope.get("rope_type", "default")) != "default":
+    if (kind := layout.rope.get("rope_type", "default")) not in ("default", "yarn"):
         what = f"vllm takes the base's {kind} RoPE for YaRN in this class; train with model.rope_scaling="
-        problems.append(Problem(where, f"{what}{{rope_type: default}}, or set it to hf"))
+        problems.append(Problem(where, f"{what}{{rope_type: default}}, or with rope_scaling: yarn, or set it to hf"))
     return problems
 
 

@@ -61,14 +61,14 @@ def rank_for(share: float, teacher: TeacherShape, rope_dim: int) -> int:
     return max(0, int(share * teacher.cache + 1e-6) - rope_dim) // MULTIPLE * MULTIPLE
 
 
-def full_kv_rank(teacher: TeacherShape, nope_dim: int) -> int:
-    """Rank of the keys that have no RoPE and the values together: more would be zeros."""
-    return min(teacher.hidden, teacher.kv_heads * (nope_dim + teacher.head_dim))
+def full_kv_rank(teacher: TeacherShape, key_dim: int) -> int:
+    """Rank of `key_dim` dimensions of the keys and the values together: more would be zeros."""
+    return min(teacher.hidden, teacher.kv_heads * (key_dim + teacher.head_dim))
 
 
-def most_kv_rank(teacher: TeacherShape, nope_dim: int, *, ballast: bool) -> int:
+def most_kv_rank(teacher: TeacherShape, key_dim: int, *, ballast: bool) -> int:
     """With a channel for a constant, which holds nothing of them; a multiple of 8 then."""
-    full = full_kv_rank(teacher, nope_dim)
+    full = full_kv_rank(teacher, key_dim)
     return (full + 1) // MULTIPLE * MULTIPLE if ballast else full
 
 

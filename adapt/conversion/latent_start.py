@@ -2,7 +2,7 @@
 
     queries  rows without and with RoPE, per head
     latent   SVD of the keys without RoPE and the values, of the teacher's own n_kv heads: repeating them for the query
-             heads would give the same subspace and the same energies at g times the size (spec 2.3)
+             heads would give the same factors but for sqrt(g), and the same energies, at g times the size (spec 2.3)
     key      one RoPE key for all heads
 
 Legend: d hidden size, H query heads, G key/value heads, d_h head size; d_n, d_r dimensions without and with RoPE.
@@ -47,20 +47,24 @@ class RopeDims:
     """[d_n] int64, teacher dimensions without RoPE."""
     rope: Tensor
     """[d_r] int64, teacher dimensions of the student's pairs (0, 1), (2, 3), ..."""
+    joint: Tensor
+    """int64, ascending: teacher dimensions whose keys the latent is the best for, those without RoPE among them."""
 
 
 def rope_dims(how: Literal["high", "stride", "last"], head_dim: int, nope_dim: int, rope_dim: int) -> RopeDims:
     """`high` and `stride` choose frequencies: teacher dims j and j + d_h/2 turn together, and become neighbours. `last`
-    is what the authors do: the last dims, which for d_r <= d_h/2 pairs second halves with each other (spec 2.5)."""
+    is what the authors do: the last dims, which for d_r <= d_h/2 pairs second halves with each other (spec 2.5), and a
+    latent that is made for whole keys, whether they are kept or not."""
     if how == "last":
-        return RopeDims(torch.arange(nope_dim), torch.arange(head_dim - rope_dim, head_dim))
+        return RopeDims(torch.arange(nope_dim), torch.arange(head_dim - rope_dim, head_dim), torch.arange(head_dim))
     half = head_dim // 2
     step = head_dim // rope_dim if how == "stride" else 1
     first = torch.arange(0, rope_dim // 2) * step
     rope = torch.stack([first, first + half], 1).flatten()
     rest = torch.ones(head_dim, dtype=torch.bool)
     rest[rope] = False
-    return RopeDims(rest.nonzero()[:, 0], rope)
+    nope = rest.nonzero()[:, 0]
+    return RopeDims(nope, rope, nope)
 
 
 def theta_of(how: Literal["high", "stride", "last"], theta: float, head_dim: int, rope_dim: int) -> float:
@@ -129,16 +133,20 @@ class LayerStart:
 
         `ballast`: the last channel of the latent holds a large constant, by a bias, that nothing reads. The norm then
         divides every token by the same number, and its gain multiplies by it: no norm, to 1 / (2 BALLAST^2) (8.3)."""
-        shape, nope, v_dim = self.shape, len(self.dims.nope), self.shape.head_dim
+        shape, joint, v_dim = self.shape, len(self.dims.joint), self.shape.head_dim
+        groups = shape.heads // shape.kv_heads
         up, down = self.kv.factors(kv_rank - ballast, sigma)
+        norm = groups ** {"down": 0.5, "up": 0.0, "sqrt": 0.25}[sigma]  # of columns that are repeated for the heads
+        up, down = up / norm, down * norm
         if rms is not None:
             size = rms(down)
             up, down = up * size, down / size
         if ballast:
             up, down = (torch.nn.functional.pad(t, pad) for t, pad in ((up, (0, 1)), (down, (0, 0, 0, 1))))
-        keys, values = up.split([shape.kv_heads * nope, shape.kv_heads * v_dim])
-        per_head = torch.cat([keys.unflatten(0, (shape.kv_heads, nope)), values.unflatten(0, (-1, v_dim))], 1)
-        repeated = per_head.repeat_interleave(shape.heads // shape.kv_heads, 0)  # query head h saw head h // g
+        keys, values = up.split([shape.kv_heads * joint, shape.kv_heads * v_dim])
+        keys = keys.unflatten(0, (shape.kv_heads, joint))[:, torch.searchsorted(self.dims.joint, self.dims.nope)]
+        per_head = torch.cat([keys, values.unflatten(0, (-1, v_dim))], 1)
+        repeated = per_head.repeat_interleave(groups, 0)  # query head h saw head h // g
         found = {
             "kv_a_proj_with_mqa.weight": torch.cat([down, self.rope_key]),
             "kv_b_proj.weight": repeated.flatten(0, 1),
@@ -197,7 +205,7 @@ def start_layer(
         turned = turned * factor.view(*factor.shape, *[1] * (turned.ndim - 2))
         return torch.cat([scale * heads[:, dims.nope], turned], 1).flatten(0, 1)
 
-    joint = torch.cat([keys[:, dims.nope].flatten(0, 1), values.flatten(0, 1)])
+    joint = torch.cat([keys[:, dims.joint].flatten(0, 1), values.flatten(0, 1)])
     return LayerStart(
         shape=shape,
         dims=dims,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from adapt.config.schema import Recipe
 from adapt.conversion.base import fill_rows, filled_rows
 from adapt.conversion.calibration import Inputs, attention_inputs, latent_rms, norm_gains, training_rows
 from adapt.conversion.latent_config import Layout, student_config
-from adapt.conversion.latent_shape import TeacherShape, most_kv_rank, round_up
+from adapt.conversion.latent_ranks import allocated, latent_room
+from adapt.conversion.latent_shape import MULTIPLE, TeacherShape, most_kv_rank, round_up
 from adapt.conversion.latent_start import Attention, LayerStart, rope_dims, start_layer
 from adapt.errors import Problem, UserError
 
@@ -22,23 +23,20 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def build(model: nn.Module, layout: Layout, wish: XEcomlaConfig, recipe: Recipe) -> nn.Module:
-    """The student, in the teacher's dtype and on its device; the two share what is not converted. On the meta device
-    there is only the shape of it."""
+def build(
+    model: nn.Module, layout: Layout, wish: XEcomlaConfig, recipe: Recipe, starts: Starts | None = None
+) -> nn.Module:
+    """The student with the ranks of `layout`, in the teacher's dtype and on its device; the two share what is not
+    converted. On the meta device there is only the shape of it. `starts`: what `starts_of` says, where it is known."""
     if next(model.parameters()).is_meta:
         return _empty(model, student_config(model.config, layout)).eval()
     found: dict[int, dict[str, Tensor]] = {}
-    ranks = []
-    for index, start in _starts(model, layout, wish, recipe):
-        if isinstance(start, dict):
-            found[index], rank = start, layout.kv_ranks[0]
-        else:
-            rank, found[index] = _cut(start, layout, wish)
-        ranks.append(rank)
+    starts = starts_of(model, layout, wish, recipe) if starts is None else starts
+    for (index, start), rank in zip(starts, layout.kv_ranks, strict=True):
+        found[index] = start if isinstance(start, dict) else _cut(start, rank, layout, wish)
         if layout.kv_norm and "kv_a_layernorm.weight" not in found[index]:
             found[index]["kv_a_layernorm.weight"] = torch.ones(rank, device=model.device)
         found[index] = {name: weight.to(model.dtype) for name, weight in found[index].items()}
-    layout = dataclasses.replace(layout, kv_ranks=tuple(ranks))
     student = _empty(model, student_config(model.config, layout))
     converted = tuple(f"model.layers.{i}.self_attn." for i in found)
     weights = {k: v.detach() for k, v in model.state_dict().items() if not k.startswith(converted)}
@@ -64,15 +62,18 @@ def _empty(model: nn.Module, config: Any) -> nn.Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Start:
+class Start:
     layer: LayerStart
     inputs: Inputs | None
 
 
-def _starts(
-    model: nn.Module, layout: Layout, wish: XEcomlaConfig, recipe: Recipe
-) -> Iterator[tuple[int, _Start | dict[str, Tensor]]]:
-    """Of each converted layer; parameters where they are drawn."""
+Starts = Iterable[tuple[int, Start | dict[str, Tensor]]]
+"""Of each converted layer, with its number; parameters where they are drawn."""
+
+
+@torch.no_grad()
+def starts_of(model: nn.Module, layout: Layout, wish: XEcomlaConfig, recipe: Recipe) -> Starts:
+    """One by one; no rank of `layout` is read but that of drawn parameters."""
     decoder, teacher = model.get_decoder().layers, TeacherShape.of(model.config)
     if wish.start == "random":
         generator = torch.Generator().manual_seed(recipe.run.seed)
@@ -90,22 +91,29 @@ def _starts(
         seen = inputs.get(index)
         weights = weights_of(decoder[index].self_attn, teacher, seen, keep_biases=layout.biases)
         covariance = seen.covariance if seen is not None and wish.svd == "covariance" else None
-        yield index, _Start(start_layer(weights, teacher, dims, wish.shared_key, covariance), seen)
+        yield index, Start(start_layer(weights, teacher, dims, wish.shared_key, covariance), seen)
 
 
-def _cut(start: _Start, layout: Layout, wish: XEcomlaConfig) -> tuple[int, dict[str, Tensor]]:
-    """(rank, parameters) of a layer."""
-    rank = layout.kv_ranks[0]
+def free_ranks(starts: list[LayerStart], layout: Layout, wish: XEcomlaConfig, config: Any) -> list[int]:
+    """The rank of each layer, of `kv_energy` (of each for itself) or `kv_budget` (of all together); `config`: the base's."""
+    teacher = TeacherShape.of(config)
+    full = most_kv_rank(teacher, len(starts[0].dims.joint), ballast=layout.ballast)
     if wish.kv_energy is not None:
-        full = most_kv_rank(start.layer.shape, layout.nope_dim, ballast=layout.ballast)
-        rank = round_up(start.layer.kv.rank_of_energy(wish.kv_energy) + layout.ballast, full)
+        return [round_up(start.kv.rank_of_energy(wish.kv_energy) + layout.ballast, full) for start in starts]
+    room = latent_room(wish.kv_budget, teacher, config.num_hidden_layers, len(layout.layers), layout.rope_dim)
+    energies = [start.kv.values.square().tolist() for start in starts]
+    return allocated(energies, room, full // MULTIPLE * MULTIPLE, layout.ballast)
+
+
+def _cut(start: Start, rank: int, layout: Layout, wish: XEcomlaConfig) -> dict[str, Tensor]:
+    """Parameters of a layer."""
     rms = latent_rms(start.inputs.sample) if wish.latent_norm in ("ballast", "calibrated") else None
     found = start.layer.weights(rank, layout.q_rank, wish.sigma, rms, layout.ballast)
     if bad := [name for name, weight in found.items() if not bool(weight.isfinite().all())]:
         raise UserError(
             Problem("model.base", f"a layer's {bad[0]} comes out non-finite: are the base's weights finite?")
         )
-    return rank, _empty_biases(layout, start.layer.shape, rank, start.layer.rope_key.device) | found
+    return _empty_biases(layout, start.layer.shape, rank, start.layer.rope_key.device) | found
 
 
 def weights_of(layer: nn.Module, shape: TeacherShape, seen: Inputs | None, *, keep_biases: bool) -> Attention:

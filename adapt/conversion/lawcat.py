@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapt.components import conversions
-from adapt.conversion.layer_map import planned
+from adapt.conversion.recurrent import Recurrent, mixer_problems, text_for_steps
 from adapt.errors import Problem, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class LawcatConfig:
     layers: str | tuple[int, ...] = "all"
-    """Layers to convert: `all`, a list of ids from 0, or `every_N` (0, N, 2N, ...)."""
+    """Layers to convert: `all`, a list of ids from 0, `every_N` (0, N, 2N, ...), or `auto`: all but those whose heads are
+    hardest to imitate, which a short attention transfer on the training text finds out."""
     keep: str | tuple[int, ...] = "none"
     """Layers that keep their attention, whatever `layers` says: a list, or `every_N` (N-1, 2N-1, ...): with `every_4`
     one layer in four stays."""
+    attention_share: float | None = None
+    """Of all layers, the share that keeps its attention under `layers: auto`, those of `keep` included. null: 0.25."""
+    auto_steps: int = 24
+    """Steps of two rows, of which `layers: auto` learns from three quarters and measures on the others."""
     gate: Literal["channel", "head"] = "channel"
     """Decays: one for each key channel, or one for each head (simple GLA: faster, and less to learn)."""
     gate_rank: int | None = 16
@@ -41,25 +46,18 @@ class LawcatConfig:
     """Chunks that are right for any decay: slower. Else a channel's decay stays above exp(-80 / chunk) a token."""
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if self.chunk < 16 or self.chunk % 16:
-            yield Problem("", f"chunk={self.chunk} must be a multiple of 16; 64 is usual")
-        if self.conv_width < 1:
-            yield Problem("", f"conv_width={self.conv_width} must be 1 or more (1: the token alone); 4 is usual")
         if self.gate_rank is not None and self.gate_rank < 1:
             yield Problem("", f"gate_rank={self.gate_rank} must be 1 or more; null is a full map")
-        yield from refuse_blocks(recipe)
+        yield from mixer_problems(self, recipe)
 
 
-class Lawcat:
-    transfers = True
+class Lawcat(Recurrent):
+    mixer = "gated_linear"
 
-    def __init__(self, config: LawcatConfig, seed: int):
-        self.config, self.seed = config, seed
-
-    def plan(self, config, tokenizer):
-        features, head_dim = self.config.features, _head_dim(config)
-        if self.config.gate == "channel" and (features * 2 if features is not None else head_dim // 2 * 2) != head_dim:
-            made = features or head_dim // 2
+    def options(self, config):
+        c, head_dim = self.config, _head_dim(config)
+        if c.gate == "channel" and (c.features * 2 if c.features is not None else head_dim // 2 * 2) != head_dim:
+            made = c.features or head_dim // 2
             raise UserError(
                 Problem(
                     "features",
@@ -67,8 +65,7 @@ class Lawcat:
                     f"{2 * made} keys; leave it out, or use gate: head",
                 )
             )
-        c = self.config
-        options = {
+        return {
             "gate": c.gate,
             "gate_rank": c.gate_rank,
             "gate_bias": c.gate_bias,
@@ -80,27 +77,11 @@ class Lawcat:
             "chunk": c.chunk,
             "exact": c.exact,
         }
-        return planned(config, "gated_linear", c.layers, c.keep, options), tokenizer
-
-    def apply(self, model, tokenizer):
-        from adapt.conversion.mixers import with_mixers
-
-        return with_mixers(model, self.plan(model.config, tokenizer)[0], self.seed)
 
 
 @conversions.register("lawcat")
 def lawcat(config: LawcatConfig, recipe) -> Lawcat:
-    return Lawcat(config, recipe.run.seed)
-
-
-def refuse_blocks(recipe) -> Iterator[Problem]:
-    """A block sees itself both ways, and a recurrence runs from left to right."""
-    if hasattr(recipe.objective.config, "block_size"):
-        yield Problem(
-            "",
-            f"the objective {recipe.objective.name} looks both ways within a block, and a recurrent layer only back; "
-            "train with next_token, logit_distillation or attention_transfer",
-        )
+    return Lawcat(config, recipe.run.seed, text_for_steps(recipe))
 
 
 def _head_dim(config) -> int:

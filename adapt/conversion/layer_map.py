@@ -1,14 +1,19 @@
-"""Which layers of a decoder a conversion takes: `layers` less `keep`, each a list of ids, `all` or `every_N`."""
+"""Which layers of a decoder a conversion takes: `layers` less `keep`, each a list of ids, `all` or `every_N`; or `auto`,
+all but those that are hardest to imitate."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from adapt.errors import Problem, UserError
 from adapt.pretrained.families import family, unsupported
 
 Layers = str | tuple[int, ...]
+
+AUTO = "auto"
 
 
 def chosen_layers(layers: Layers, keep: Layers, count: int) -> tuple[int, ...]:
@@ -40,19 +45,67 @@ def _ids(key: str, wish: Layers, count: int, first: int, problems: list[Problem]
         return set()
     if (every := re.fullmatch(r"every_(\d+)", wish)) and 0 < (n := int(every[1])) <= count:
         return set(range(first % n, count, n))
+    if wish == AUTO and key == "layers":
+        what = "auto measures how well a recurrence imitates each layer, which is for lawcat and mamba2; give"
+        problems.append(Problem(key, f"{what} all, every_N with N up to {count}, or a list of ids"))
+        return set()
     problems.append(
         Problem(key, f"{wish!r} is no layer map: give all, none, every_N with N up to {count}, or a list of ids")
     )
     return set()
 
 
-def planned(config: Any, mixer: str, layers: Layers, keep: Layers, options: dict[str, Any]) -> Any:
-    """The config of the student: `config` stays as it is. Raises UserError for what cannot be converted."""
+@dataclass(frozen=True)
+class AutoMap:
+    """Candidates of `layers: auto`, and how many of them keep their attention."""
+
+    candidates: tuple[int, ...]
+    """Attention layers that `keep` does not name, ascending."""
+    stay: int
+
+    def easiest(self, errors: Mapping[int, float]) -> tuple[int, ...]:
+        """All candidates but the `stay` with the largest errors (of equal ones, the first)."""
+        hardest = sorted(self.candidates, key=lambda i: (-errors[i], i))[: self.stay]
+        return tuple(i for i in self.candidates if i not in hardest)
+
+    def spread(self) -> tuple[int, ...]:
+        """As many, with those that stay evenly spread: what is planned while nothing is measured."""
+        count = len(self.candidates)
+        stay = {self.candidates[(i + 1) * count // self.stay - 1] for i in range(self.stay)}
+        return tuple(i for i in self.candidates if i not in stay)
+
+
+def auto_map(config: Any, keep: Layers, share: float) -> AutoMap:
+    """A `share` of all layers keeps its attention, those of `keep` among them, and at least one. Raises UserError."""
+    count, problems = config.num_hidden_layers, []
+    kept = _ids("keep", keep, count, -1, problems)
+    attention = {i for i, mixer in enumerate(token_mixers(config)) if mixer == "attention"}
+    wanted = max(1, int(share * count + 0.5))
+    stay, candidates = wanted - len(kept & attention), tuple(sorted(attention - kept))
+    if stay < 0:
+        what = f"names {len(kept & attention)} layers, and of {count} only {wanted} keep their attention"
+        problems.append(Problem("keep", f"{what} at attention_share={share:g}; raise it, or name fewer"))
+    elif len(candidates) <= stay:
+        what = (
+            f"nothing is left to convert: {len(candidates)} of {count} layers are attention that `keep` does not name"
+        )
+        problems.append(Problem("attention_share", f"{what}, and {stay} of them should stay; lower {share:g}"))
+    if problems:
+        raise UserError(problems)
+    return AutoMap(candidates, stay)
+
+
+def token_mixers(config: Any) -> list[str]:
+    return getattr(config, "token_mixers", None) or ["attention"] * config.num_hidden_layers
+
+
+def planned(config: Any, mixer: str, chosen: tuple[int, ...], options: dict[str, Any]) -> Any:
+    """The config of the student with `mixer` in the layers `chosen`: `config` stays as it is. Raises UserError for what
+    cannot be converted."""
     from adapt.models.configuration_adapted import AdaptedConfig
 
     refuse_attention(config)
-    before = getattr(config, "token_mixers", None) or ["attention"] * config.num_hidden_layers
-    chosen = chosen_layers(layers, keep, config.num_hidden_layers)
+    before = token_mixers(config)
     if done := [i for i in chosen if before[i] != "attention"]:
         what = f"layer {done[0]} is {before[done[0]]} already; only attention layers can be converted"
         raise UserError(Problem("layers", what))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapt.components import conversions
-from adapt.conversion.lawcat import refuse_blocks
-from adapt.conversion.layer_map import planned
+from adapt.conversion.layer_map import token_mixers
+from adapt.conversion.recurrent import Recurrent, mixer_problems, text_for_steps
 from adapt.errors import Problem
 
 TEXT = (
@@ -23,9 +23,15 @@ TEXT = (
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
     layers: str | tuple[int, ...] = "every_2"
-    """Layers to convert: `all`, a list of ids from 0, or `every_N` (0, N, 2N, ...). Half of them, as published."""
+    """Layers to convert: `all`, a list of ids from 0, `every_N` (0, N, 2N, ...), or `auto`: all but those whose heads are
+    hardest to imitate, which a short attention transfer on the training text finds out.
+    Published models convert half of them."""
     keep: str | tuple[int, ...] = "none"
     """Layers that keep their attention, whatever `layers` says: a list, or `every_N` (N-1, 2N-1, ...)."""
+    attention_share: float | None = None
+    """Of all layers, the share that keeps its attention under `layers: auto`, those of `keep` included. null: 0.25."""
+    auto_steps: int = 24
+    """Steps of two rows, of which `layers: auto` learns from three quarters and measures on the others."""
     init: Literal["identity", "mamba_in_llama"] = "identity"
     """Where what is new starts. `identity`: everything passes, and a layer is decayed linear attention on the teacher's
     queries and keys; `mamba_in_llama`: at random, with SiLU after the convolution, as published."""
@@ -38,37 +44,35 @@ class Mamba2Config:
     """Tokens that training computes by matrix products at a time; a multiple of 16."""
 
     def problems(self, recipe) -> Iterator[Problem]:
-        if self.chunk < 16 or self.chunk % 16:
-            yield Problem("", f"chunk={self.chunk} must be a multiple of 16; 64 is usual")
-        if self.conv_width < 1:
-            yield Problem("", f"conv_width={self.conv_width} must be 1 or more (1: the token alone); 4 is usual")
-        yield from refuse_blocks(recipe)
+        yield from mixer_problems(self, recipe)
 
 
-class Mamba2:
-    transfers = True
+class Mamba2(Recurrent):
+    mixer = "mamba2"
 
-    def __init__(self, config: Mamba2Config, seed: int):
-        self.config, self.seed = config, seed
+    @property
+    def reads_layers(self) -> bool:
+        return super().reads_layers or self._sets_norms
 
-    def plan(self, config, tokenizer):
+    @property
+    def _sets_norms(self) -> bool:
+        return self.config.norm and self.config.init == "identity"
+
+    def options(self, config):
         c = self.config
         options = {"init": c.init, "norm": c.norm, "conv_width": c.conv_width, "chunk": c.chunk}
-        options["conv_silu"] = c.init == "mamba_in_llama"
-        return planned(config, "mamba2", c.layers, c.keep, options), tokenizer
+        return options | {"conv_silu": c.init == "mamba_in_llama"}
 
-    def apply(self, model, tokenizer):
-        from adapt.conversion.mixers import with_mixers
-
-        student = with_mixers(model, self.plan(model.config, tokenizer)[0], self.seed)
-        if self.config.norm and self.config.init == "identity" and model.device.type != "meta":
+    def started(self, model, config, tokenizer):
+        student = super().started(model, config, tokenizer)
+        if self._sets_norms and model.device.type != "meta":
             _set_norms(student, model, tokenizer)
         return student
 
 
 @conversions.register("mamba2")
 def mamba2(config: Mamba2Config, recipe) -> Mamba2:
-    return Mamba2(config, recipe.run.seed)
+    return Mamba2(config, recipe.run.seed, text_for_steps(recipe))
 
 
 def _set_norms(student, model, tokenizer) -> None:
@@ -77,7 +81,9 @@ def _set_norms(student, model, tokenizer) -> None:
 
     sizes: dict[int, torch.Tensor] = {}
     layers = student.get_decoder().layers
-    new = [i for i, layer in enumerate(layers) if layer.mixer == "mamba2" and not _converted(model, i)]
+    new = [
+        i for i, layer in enumerate(layers) if layer.mixer == "mamba2" and token_mixers(model.config)[i] == "attention"
+    ]
 
     def read(index: int):
         def hook(module, args):
@@ -98,7 +104,3 @@ def _set_norms(student, model, tokenizer) -> None:
         model.train(training)
         for hook in hooks:
             hook.remove()
-
-
-def _converted(model, index: int) -> bool:
-    return (getattr(model.config, "token_mixers", None) or {index: "attention"})[index] != "attention"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapt.conversion.base import fill_rows, filled_rows
+from adapt.pretrained.families import dense_latent
 
 
 def with_mixers(model: Any, config: Any, seed: int) -> Any:
@@ -40,8 +41,10 @@ def _start(student: Any, model: Any, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in student.modules():
-            if any(p.is_meta for p in module.parameters(recurse=False)):
+        read = model.state_dict().keys()  # what is on the meta device in an outline comes from its files
+        for prefix, module in student.named_modules():
+            new = [n for n, p in module.named_parameters(recurse=False) if p.is_meta and f"{prefix}.{n}" not in read]
+            if new:
                 module.to_empty(device=model.device, recurse=False)
                 module.initialise()
     theirs = dict(model.named_buffers())
@@ -55,6 +58,15 @@ def learning_layers(model: Any) -> tuple[int, ...]:
     """Layers that can learn from the attention they replace (objective `attention_transfer`)."""
     layers = enumerate(model.get_decoder().layers)
     return tuple(i for i, layer in layers if getattr(type(layer.self_attn), "learns", False))
+
+
+def converted_layers(model: Any) -> tuple[int, ...]:
+    """Layers whose token mixer is not their family's attention (objective `layer_alignment`): as the config of a student
+    says, or all of the stock class for latent attention."""
+    if dense_latent(model.config):
+        return tuple(range(model.config.num_hidden_layers))
+    mixers = getattr(model.config, "token_mixers", None) or ()
+    return tuple(i for i, mixer in enumerate(mixers) if mixer != "attention")
 
 
 def created_parameters(model: Any) -> set[str]:

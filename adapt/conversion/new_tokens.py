@@ -1,11 +1,15 @@
-"""What an extended tokenizer has that the base's own has not, and what the old model called it."""
+"""What an extended tokenizer has that the base's own has not, and what the old model called it; and what both
+conversions of the vocabulary ask of a recipe."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from adapt.config.schema import Recipe, Tokenizer
 from adapt.errors import Problem, UserError
 
 WHERE = "tokenizer.path"
@@ -19,6 +23,27 @@ class NewTokens:
     """Old ids of each one's text, in reading order; () for special tokens, whose text is a name only."""
     size: int
     """Rows the extended tokenizer needs: its largest id, plus 1."""
+
+
+def rows_problems(config: Any, recipe: Recipe, why: str) -> Iterator[Problem]:
+    """Of `pad_to_multiple`, and of a teacher that is the base itself: `why` it cannot be."""
+    if recipe.teacher is not None and recipe.teacher.base == "self":
+        yield Problem("teacher.base", f"self is the base before conversions, and {why}, or do without one")
+    if config.pad_to_multiple < 1:
+        yield Problem("", f"pad_to_multiple={config.pad_to_multiple} must be 1 or more; 64 and 128 are usual")
+
+
+def padded_rows(rows: int, config: Any) -> int:
+    """Up to a multiple of `pad_to_multiple` (below 1 is refused by the config's rules)."""
+    multiple = max(1, config.pad_to_multiple)
+    return -(-rows // multiple) * multiple
+
+
+def base_tokenizer(recipe: Recipe, *, offline: bool) -> Any:
+    """The base's own, whatever the recipe's is."""
+    from adapt.pretrained import load_tokenizer
+
+    return load_tokenizer(dataclasses.replace(recipe, tokenizer=Tokenizer()), offline=offline)
 
 
 def new_tokens(base: Any, extended: Any, rows: int) -> NewTokens:

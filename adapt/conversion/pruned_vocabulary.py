@@ -7,14 +7,13 @@ Which row is whose follows from the two tokenizers, token by token; ids in the m
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adapt.components import conversions
-from adapt.config.schema import Recipe, Tokenizer
-from adapt.conversion.new_tokens import WHERE
+from adapt.config.schema import Recipe
+from adapt.conversion.new_tokens import WHERE, base_tokenizer, padded_rows, rows_problems
 from adapt.errors import NotReachable, Problem, UserError
 
 SPECIAL = "_token_id"
@@ -34,13 +33,11 @@ class PrunedVocabularyConfig:
         if recipe.model.conversions and recipe.model.conversions[0].config != self:
             what = "the conversion `pruned_vocabulary` comes first: before it the new ids stand for other rows"
             yield Problem("", what)
-        if recipe.teacher is not None and recipe.teacher.base == "self":
-            what = (
-                "self is the base before conversions, whose ids are others; take a teacher with the pruned vocabulary"
-            )
-            yield Problem("teacher.base", f"{what} (the export of a run that has it), or do without one")
-        if self.pad_to_multiple < 1:
-            yield Problem("", f"pad_to_multiple={self.pad_to_multiple} must be 1 or more; 64 and 128 are usual")
+        yield from rows_problems(
+            self,
+            recipe,
+            "its ids are others; take a teacher with the pruned vocabulary (the export of a run that has it)",
+        )
 
 
 class PrunedVocabulary:
@@ -60,7 +57,7 @@ class PrunedVocabulary:
             for key in ("bos", "eos", "pad"):  # the base's ids mean nothing here
                 if getattr(config, key + SPECIAL, None) is not None:
                     setattr(config, key + SPECIAL, getattr(tokenizer, key + SPECIAL))
-        config.vocab_size = self._rows(moved)
+        config.vocab_size = padded_rows(moved.size, self.config)
         return config, tokenizer
 
     def apply(self, model, tokenizer) -> None:
@@ -70,8 +67,8 @@ class PrunedVocabulary:
 
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         moved = self._moved(embedding.num_embeddings, offline=False)
-        rows = self._rows(moved)
-        trained = trained_rows(self._base(offline=False), model.config, embedding.weight)
+        rows = padded_rows(moved.size, self.config)
+        trained = trained_rows(base_tokenizer(self.recipe, offline=False), model.config, embedding.weight)
         padded = embedding.padding_idx is not None  # that row gets no gradient
         tied = head is None or head.weight is embedding.weight
         old, new = list(moved.rows), list(moved.rows.values())
@@ -95,16 +92,9 @@ class PrunedVocabulary:
         """From the tokenizers as they are read: what other conversions add is theirs to initialise."""
         from adapt.pretrained import load_tokenizer
 
-        return moved_tokens(self._base(offline=offline), load_tokenizer(self.recipe, offline=offline), rows)
-
-    def _base(self, *, offline: bool):
-        from adapt.pretrained import load_tokenizer
-
-        return load_tokenizer(dataclasses.replace(self.recipe, tokenizer=Tokenizer()), offline=offline)
-
-    def _rows(self, moved: Moved) -> int:
-        multiple = max(1, self.config.pad_to_multiple)  # below 1 is refused by the config's rules
-        return -(-moved.size // multiple) * multiple
+        return moved_tokens(
+            base_tokenizer(self.recipe, offline=offline), load_tokenizer(self.recipe, offline=offline), rows
+        )
 
 
 @conversions.register("pruned_vocabulary")

@@ -7,7 +7,6 @@ tokenizer are initialised like the others, and the matrix never shrinks.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from adapt.components import InitialiserChoice, conversions
 from adapt.config.schema import Recipe, Tokenizer
 from adapt.conversion.base import fill_rows, named
-from adapt.conversion.new_tokens import WHERE, NewTokens, new_tokens
+from adapt.conversion.new_tokens import WHERE, NewTokens, base_tokenizer, new_tokens, padded_rows, rows_problems
 from adapt.errors import NotReachable, Problem, UserError
 
 if TYPE_CHECKING:
@@ -38,13 +37,11 @@ class VocabularyConfig:
         if not (recipe.tokenizer.path or recipe.tokenizer.recipe):
             what = "give its folder, or the recipe that makes it in tokenizer.recipe"
             yield Problem(WHERE, f"the conversion `vocabulary` needs the extended tokenizer; {what}")
-        if recipe.teacher is not None and recipe.teacher.base == "self":
-            what = (
-                "self is the base before conversions, and it cannot read the new tokens; take a teacher that has them"
-            )
-            yield Problem("teacher.base", f"{what} (the export of a run that learned them), or do without one")
-        if self.pad_to_multiple < 1:
-            yield Problem("", f"pad_to_multiple={self.pad_to_multiple} must be 1 or more; 64 and 128 are usual")
+        yield from rows_problems(
+            self,
+            recipe,
+            "it cannot read the new tokens; take a teacher that has them (the export of a run that learned them)",
+        )
 
 
 class Vocabulary:
@@ -98,16 +95,12 @@ class Vocabulary:
         """From the tokenizers as they are read: what other conversions add is theirs to initialise."""
         from adapt.pretrained import load_tokenizer
 
-        return new_tokens(self._base(offline=offline), load_tokenizer(self.recipe, offline=offline), rows)
-
-    def _base(self, *, offline: bool):
-        from adapt.pretrained import load_tokenizer
-
-        return load_tokenizer(dataclasses.replace(self.recipe, tokenizer=Tokenizer()), offline=offline)
+        return new_tokens(
+            base_tokenizer(self.recipe, offline=offline), load_tokenizer(self.recipe, offline=offline), rows
+        )
 
     def _rows(self, size: int, old: int) -> int:
-        multiple = max(1, self.config.pad_to_multiple)  # below 1 is refused by the config's rules
-        return -(-max(size, old) // multiple) * multiple
+        return padded_rows(max(size, old), self.config)
 
     def _refuse_output(self, config) -> None:
         if self.config.output is not None and config.tie_word_embeddings:
@@ -119,7 +112,9 @@ class Vocabulary:
         """[rows] bool: old tokens that texts contain, and whose rows look as if they had been trained."""
         from adapt.conversion.untrained import trained_rows
 
-        return trained_rows(self._base(offline=False), model.config, model.get_input_embeddings().weight[:rows])
+        return trained_rows(
+            base_tokenizer(self.recipe, offline=False), model.config, model.get_input_embeddings().weight[:rows]
+        )
 
     def _initialisers(self) -> dict[str, tuple[str, Initialiser]]:
         """side -> (key, initialiser); one object where `init` serves both, so that it need not learn twice."""

@@ -291,6 +291,7 @@ class _Preparation:
             "tokens": writer.num_tokens,
             "target_tokens": writer.num_targets,
             "pad_id": self.encoder.pad_id,
+            "bos_id": self.encoder.tokenizer.bos_token_id,
             "pairs": True in counts.forms,
         }
         check_bad_lines(manifest, self.options.max_bad_lines)

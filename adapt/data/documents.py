@@ -22,6 +22,8 @@ class Document:
     response: str | None = None
     chosen: str | Messages | None = None
     rejected: str | Messages | None = None
+    plain: bool = False
+    """Prompt and response are text to go on with, even where the tokenizer has a chat template."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Facts about it. `part` (a file, a package) and `licence` are counted in the manifest."""
 

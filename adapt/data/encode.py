@@ -77,7 +77,7 @@ class Encoder:
         if document.messages is not None:
             yield self._chat(document.messages)
         elif document.response is not None:
-            yield self._answer(document.prompt, document.response)
+            yield self._answer(document.prompt, document.response, document.plain)
         else:
             for answer in (document.chosen, document.rejected):
                 if isinstance(answer, str):
@@ -85,8 +85,8 @@ class Encoder:
                 else:
                     yield self._chat([*_as_messages(document.prompt), *answer], last_only=True)
 
-    def _answer(self, prompt: str | Messages, response: str) -> Encoded:
-        if self.has_template or not isinstance(prompt, str):
+    def _answer(self, prompt: str | Messages, response: str, plain: bool = False) -> Encoded:
+        if (self.has_template and not plain) or not isinstance(prompt, str):
             answer = {"role": "assistant", "content": response}
             return self._chat([*_as_messages(prompt), answer], last_only=True)
         # Tokenised apart, because at inference the prompt's tokens are fixed before there is an answer.

@@ -88,15 +88,17 @@ def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Single:
-    def __init__(self, order: np.ndarray, offsets: np.ndarray, seq_len: int):
-        self._order, self._offsets = order, offsets
+    def __init__(self, order: np.ndarray, offsets: np.ndarray, cut: np.ndarray):
+        """cut [documents]: tokens that each document loses at its beginning."""
+        self._order, self._offsets, self._cut = order, offsets, cut
 
     def __len__(self) -> int:
         return len(self._order)
 
     def segments(self, row: int) -> list[Segment]:
         document = int(self._order[row])
-        return [(document, int(self._offsets[document]), int(self._offsets[document + 1]))]
+        start = int(self._offsets[document] + self._cut[document])
+        return [(document, start, int(self._offsets[document + 1]))]
 
 
 class BestFit:

@@ -102,7 +102,21 @@ def _pair(record: dict[str, Any], keys: dict[str, str | None]) -> dict[str, Any]
         raise _BadField("one of chosen and rejected is text, the other a conversation")
     if isinstance(chosen, str) and prompt is None:
         raise _BadField("chosen and rejected are text, so a prompt is needed")
+    inside = [prompt is not None and _holds(conversation, prompt) for conversation in (chosen, rejected)]
+    if all(inside):
+        prompt = None  # stated once more beside the conversations, which is how most Hub data sets of pairs are
+    elif any(inside):
+        raise _BadField("one of chosen and rejected begins with the prompt, the other does not")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _holds(conversation: str | Messages, prompt: str | Messages) -> bool:
+    """Whether a conversation has the prompt in it: its messages at the beginning, or its text as a turn of the user's."""
+    if isinstance(conversation, str):
+        return False
+    if isinstance(prompt, str):
+        return any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in conversation)
+    return conversation[: len(prompt)] == prompt
 
 
 def _key(record: dict[str, Any], fields: Fields, name: str, auto: bool) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from adapt.data.batch import PAD, TARGET
 from adapt.data.packing import PACKINGS, ByteWindows, Single
+from adapt.data.pairs import Fitted
 from adapt.data.permute import Permutation, shuffled, uniform
 from adapt.data.shards import TokenShards
 from adapt.errors import UserError
@@ -43,8 +44,8 @@ class Rows:
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.unit = 2 if shards.has_pairs else 1
         """Rows that only make sense together."""
-        self.num_too_long = 0
-        """Pairs left out because one of their sequences is longer than a row."""
+        self.pairs: Fitted | None = None
+        """How preference pairs are made to fit, where these are some."""
         self.cross_document_attention = cross_document_attention
         weights = None if document_weight_as is None else _weights(shards)
         self._factors = loss_factors(weights, shards) if document_weight_as == "loss" and weights is not None else None
@@ -55,8 +56,8 @@ class Rows:
         offsets = np.asarray(shards.document_offsets)
         if shards.has_pairs:
             self._refuse_for_pairs(packing, weights)
-            self._order = self._pairs(offsets)
-            self.packing = Single(self._order, offsets, seq_len)
+            self.pairs = Fitted.of(shards, seq_len)
+            self.packing = Single(self.pairs.order, offsets, self.pairs.cut)
         else:
             documents = np.arange(shards.num_documents)
             if weights is not None and document_weight_as == "repeat":
@@ -101,13 +102,32 @@ class Rows:
             row["doc_ids"][here] = 0 if self.cross_document_attention else number
             row["position_ids"][here] = np.arange(size) + (at if self.cross_document_attention else 0)
             row["role"][here] = role
+            if self.pairs is not None and self.pairs.cut[document]:
+                self._begin_again(row, document)
             row["loss_weight"][here] = 1.0 if self._factors is None else self._factors[document]
             at += size
         row["doc_ids"][at:] = 1 if self.cross_document_attention else len(segments)
         row["position_ids"][at:] = np.arange(self.seq_len - at)
         if self.unit == 2:
-            row["pair_index"] = self._order[index] // 2
+            row["pair_index"] = self.pairs.order[index] // 2
         return row
+
+    def _begin_again(self, row: Row, document: int) -> None:
+        """A prompt that lost its beginning keeps its begin-of-text token."""
+        start = int(self.shards.document_offsets[document])
+        if (first := int(self.shards.tokens(start, start + 1)[0])) == self.shards.manifest.get("bos_id"):
+            row["input_ids"][0] = first
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """For the manifest, besides what the shards say of themselves: what became of pairs longer than a row."""
+        if self.pairs is None:
+            return {}
+        return {
+            "row_tokens": self.seq_len,
+            "pairs_too_long": self.pairs.num_too_long,
+            "prompts_cut": self.pairs.num_cut,
+        }
 
     def shuffled(self, position: int) -> tuple[int, int]:
         """(epoch, row) of the `position`-th row of an endless reading, each epoch in an order of its own."""
@@ -117,15 +137,6 @@ class Rows:
 
     def _permutation(self, epoch: int) -> Permutation:
         return Permutation(self.num_units, self.seed, epoch)
-
-    def _pairs(self, offsets: np.ndarray) -> np.ndarray:
-        """Sequences whose pair fits, two and two."""
-        fits = (np.diff(offsets) <= self.seq_len).reshape(-1, 2).all(axis=1)
-        self.num_too_long = int((~fits).sum())
-        pairs = np.flatnonzero(fits)
-        if not len(pairs):
-            raise UserError(f"{self.shards.label}: no preference pair fits into data.seq_len={self.seq_len:,d} tokens")
-        return (2 * pairs[:, None] + np.arange(2)).ravel()
 
     def _refuse_for_pairs(self, packing: str, weights: np.ndarray | None) -> None:
         asked = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,11 +89,21 @@ def eval_batches(
     *,
     row_bytes: int | None = None,
     byte_lengths: np.ndarray | None = None,
+    row_tokens: int | None = None,
+    joined: bool = False,
 ) -> Iterator[Batch]:
     """The first `limit` rows of a held-out set, dealt out to the ranks. Every rank gets the same number of batches of
     the same size, filled up with rows of padding (`sample_index` -1), so that collectives in the model meet.
-    `row_bytes`, `byte_lengths`: see Rows; batches are then as long as their longest row."""
-    rows = Rows(shards, seq_len, EVAL_SEED, row_bytes=row_bytes, byte_lengths=byte_lengths)
+    `row_bytes`, `byte_lengths`: see Rows; batches are then as long as their longest row. `row_tokens`: rows of so many
+    tokens instead of `seq_len`; `joined`: documents of a row are one text."""
+    rows = Rows(
+        shards,
+        row_tokens or seq_len,
+        EVAL_SEED,
+        cross_document_attention=joined,
+        row_bytes=row_bytes,
+        byte_lengths=byte_lengths,
+    )
     count = num_eval_rows(rows, limit)
     per_rank = -(-count // (world * rows.unit)) * rows.unit
     for start in range(0, per_rank, rows_per_batch):
@@ -104,6 +115,26 @@ def eval_batches(
             else:
                 batch.append((padding(rows.seq_len, shards.pad_id), source, 0, -1))
         yield collate(batch) if row_bytes is None else _trimmed(collate(batch))
+
+
+EVAL_ROWS = 4
+"""Rows of a batch in evaluations: whole preference pairs."""
+Passes = dict[str, Callable[..., Iterator[Batch]]]
+
+
+def eval_passes(
+    sets: Mapping[str, TokenShards], seq_len: int, limit: int | None, rank: int = 0, world: int = 1
+) -> tuple[Passes, Passes]:
+    """By label, what goes over the held-out sets of text, and those of preference pairs."""
+    text, pairs = (
+        {
+            label: partial(eval_batches, shards, seq_len, EVAL_ROWS, limit, rank, world)
+            for label, shards in sets.items()
+            if shards.has_pairs == has_pairs
+        }
+        for has_pairs in (False, True)
+    )
+    return text, pairs
 
 
 def _trimmed(batch: Batch) -> Batch:

@@ -46,6 +46,8 @@ class Problem:
     solution: str
     """Step lines, then `#### answer`."""
     answer: int
+    words: dict[str, str]
+    """Names, things and places in it."""
 
 
 def T(question: str, *steps: Step, **numbers: range) -> Template:
@@ -210,21 +212,43 @@ def problem(rng: Any, templates: Sequence[int]) -> Problem:
         "things": THINGS[int(rng.integers(len(THINGS)))],
         "place": PLACES[int(rng.integers(len(PLACES)))],
     }
+    question = template.question.format(**words, **drawn)
+    solution = _written(template, worked, words, drawn)
+    return Problem(number, tuple(drawn.values()), question, solution, worked[-1][1], words)
+
+
+def slipped(rng: Any, found: Problem) -> str:
+    """The solution with one calculation gone wrong, by up to 10, and what follows from it: a wrong answer that is as well
+    written as the right one. rng: numpy's Generator."""
+    template = TEMPLATES[found.template]
+    drawn = dict(zip(template.numbers, found.numbers, strict=True))
+    for _ in range(TRIES):
+        by = int(rng.integers(1, 11)) * (1 if rng.integers(2) else -1)
+        worked = work(template, drawn, slip=(int(rng.integers(len(template.steps))), by))
+        if worked is not None and worked[-1][1] != found.answer:
+            return _written(template, worked, found.words, drawn)
+    raise RuntimeError(f"no calculation of template {found.template} can go wrong with {drawn}")
+
+
+def _written(template: Template, worked: list[tuple[str, int]], words: dict[str, str], drawn: dict[str, int]) -> str:
     lines = [
         sentence.format(f"{shown} = <<{shown}={value}>>{value}", **words, **drawn)
         for (_, _, sentence), (shown, value) in zip(template.steps, worked, strict=True)
     ]
-    answer = worked[-1][1]
-    question = template.question.format(**words, **drawn)
-    return Problem(number, tuple(drawn.values()), question, "\n".join([*lines, f"#### {answer}"]), answer)
+    return "\n".join([*lines, f"#### {worked[-1][1]}"])
 
 
-def work(template: Template, drawn: dict[str, int]) -> list[tuple[str, int]] | None:
-    """(expression in numbers, value) of each step; None where a value is no whole number above zero."""
+def work(
+    template: Template, drawn: dict[str, int], slip: tuple[int, int] | None = None
+) -> list[tuple[str, int]] | None:
+    """(expression in numbers, value) of each step; None where a value is no whole number above zero. `slip`: a step, and
+    by how much its value is wrong."""
     known, steps = dict(drawn), []
-    for name, expression, _ in template.steps:
+    for number, (name, expression, _) in enumerate(template.steps):
         # Exact fractions, so that 7/2*2 is no whole number on the way; expressions are this module's own constants.
         value = eval(expression, {"__builtins__": {}}, {k: Fraction(v) for k, v in known.items()})
+        if slip is not None and number == slip[0]:
+            value += slip[1]
         if value.denominator != 1 or value < 1:
             return None
         shown = re.sub(r"[a-z]", lambda m, known=known: str(known[m[0]]), expression)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from adapt.config.schema import Mesh
 from adapt.distributed.world import World
@@ -31,17 +31,22 @@ def make_mesh(world: World, mesh: Mesh) -> DeviceMesh:
     return init_device_mesh(kind, (mesh.replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: torch.dtype) -> None:
-    """Shard in place. Master weights keep their dtype, matmuls run in `compute`, gradients are reduced in fp32."""
+def shard(
+    root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: torch.dtype, offload: bool = False
+) -> None:
+    """Shard in place. Master weights keep their dtype, matmuls run in `compute`, gradients are reduced in fp32. `offload`:
+    the shards and their gradients are on the CPU."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    pinned = torch.accelerator.is_available()
+    where = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for model in models:
         for layer in model.get_decoder().layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=where)
     # The root's inputs are objectives and batches: loss weights in them stay fp32.
     policy = dataclasses.replace(policy, cast_forward_inputs=False)
     # A backward needs the head again at once; where none comes, the root goes back to its shards.
     frozen = not any(p.requires_grad for p in root.parameters())
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
+    fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=frozen)
     if frozen:  # a student that is called within it gives it outputs with gradients, which are not of its parameters
         for module in root.modules():
             if isinstance(module, FSDPModule):

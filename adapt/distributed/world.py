@@ -98,6 +98,15 @@ def on_main(world: World, work: Callable[[], T]) -> T | None:
     return result
 
 
+def from_main(value: T) -> T:
+    """Rank 0's value on every rank (something small that can be pickled); collective where there are several."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def start(devices: int | str) -> World:
     """Join the processes torchrun or srun started, or start `devices` of them on this machine. Call once."""
     cuda = torch.cuda.is_available()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -39,8 +40,10 @@ class EvalContext:
     tokenizer: Any
     eval_sets: Mapping[str, Callable[..., Iterator[Batch]]]
     """Dataset label -> a fresh pass over this rank's share of the held-out rows; on every rank equally many batches,
-    with rows of padding where it has fewer, so that the models may be called for each. Takes `row_bytes` and
-    `byte_lengths` of adapt.data.stream.eval_batches."""
+    with rows of padding where it has fewer, so that the models may be called for each. Takes `row_bytes`,
+    `byte_lengths`, `row_tokens` and `joined` of adapt.data.stream.eval_batches."""
+    pair_sets: Mapping[str, Callable[..., Iterator[Batch]]] = field(default_factory=dict)
+    """The same of preference pairs, whose two rows follow each other in a batch. No other suite takes them for text."""
     reduce: Callable[[dict[str, float]], dict[str, float]] = lambda sums: sums
     """Sums of this rank -> sums over all ranks, in float64. Collective."""
     keep: Callable[[Grid], None] = lambda grid: None
@@ -53,6 +56,10 @@ class EvalContext:
     start: Mapping[str, float] | None = None
     """What the run measured before its first step: {} where this is that measurement, None where there is no such
     thing, and nothing to compare with."""
+    base: Callable[[], AbstractContextManager[Callable[..., Any]]] | None = None
+    """Opens the model before its conversions and gives what `call` is for it; None where nobody knows it."""
+    measured: list[str] = field(default_factory=list)
+    """What was measured of models that do not change (others.py): the same list at every evaluation of a run."""
     device: torch.device | str = "cpu"
     seed: int = 0
 
@@ -65,6 +72,10 @@ class EvalContext:
         if row_bytes is None:
             return self.eval_sets[label]()
         return self.eval_sets[label](row_bytes=row_bytes, byte_lengths=self.byte_lengths.numpy())
+
+    def long_batches(self, label: str, row_tokens: int, joined: bool) -> Iterator[Batch]:
+        """Rows of so many tokens, whatever `data.seq_len` is. `joined`: documents of a row are one text."""
+        return self.eval_sets[label](row_tokens=row_tokens, joined=joined)
 
     @cached_property
     def byte_lengths(self) -> Tensor:

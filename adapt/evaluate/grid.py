@@ -10,6 +10,10 @@ from typing import Any
 class Grid:
     suite: str
     """What was measured; one plot of the report."""
+    model: str = ""
+    """Whose it is, where that is not the student: drawn beside it."""
+    unit: str = "% right"
+    """What cells are: fractions where it begins with %."""
     rows: tuple[str, ...]
     """Names of the rows, `256`, ..."""
     columns: tuple[str, ...]
@@ -17,9 +21,13 @@ class Grid:
     row_title: str = "tokens"
     column_title: str = "depth (%)"
     cells: tuple[tuple[float | None, ...], ...]
-    """[rows][columns], each in [0, 1]; None where nothing was asked."""
+    """[rows][columns]; None where nothing was asked."""
     trials: int
     """Trials in a cell, at least."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.suite}{f' ({self.model})' if self.model else ''}, {self.unit}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -48,15 +48,18 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
 
 
 def grid_table(grid: Grid) -> Table:
-    """Percent, a row per length."""
+    """Percent where cells are fractions."""
     from rich.table import Table
 
-    table = Table(title=f"{grid.suite}, % right", title_justify="left")
+    def shown(cell: float | None) -> str:
+        return "" if cell is None else f"{100 * cell:.0f}" if grid.unit.startswith("%") else f"{cell:.3f}"
+
+    table = Table(title=grid.title, title_justify="left")
     table.add_column(f"{grid.row_title} \\ {grid.column_title}")
     for column in grid.columns:
         table.add_column(column, justify="right", no_wrap=True)
     for name, cells in zip(grid.rows, grid.cells, strict=True):
-        table.add_row(name, *("" if cell is None else f"{100 * cell:.0f}" for cell in cells))
+        table.add_row(name, *map(shown, cells))
     return table
 
 

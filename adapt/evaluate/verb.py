@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from adapt.errors import UserError
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from adapt.evaluate.context import EvalContext
     from adapt.evaluate.grid import Grid
     from adapt.generation.load import Opened
-
-ROWS_PER_BATCH = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +152,8 @@ def context_of(
     """`chosen`: the suites to come, for those that need the recipe's teacher. `start`, `keep`: see EvalContext."""
     from functools import partial
 
+    from adapt.data.prepare import prepare
+    from adapt.data.stream import eval_passes
     from adapt.evaluate.context import EvalContext, guard_labels
     from adapt.generation.contract import Contract
     from adapt.models import attention
@@ -163,12 +163,14 @@ def context_of(
     model = attention.use(opened.model)
     device = next(model.parameters()).device
     root = Root(model, teacher_of(recipe, chosen, opened.tokenizer, device)).eval()
-    sets = held_out(recipe, opened.tokenizer, limit) if recipe and recipe.data.eval else {}
+    shards = prepare(recipe, opened.tokenizer, train=False).eval if recipe and recipe.data.eval else {}
+    sets, pairs = eval_passes(shards, recipe.data.seq_len, limit or recipe.evaluation.limit) if shards else ({}, {})
     return EvalContext(
         call=partial(look, root),
         tokenizer=opened.tokenizer,
         eval_sets=sets,
-        guards=guard_labels(recipe.data, list(sets)) if sets else (),
+        pair_sets=pairs,
+        guards=tuple(label for label in guard_labels(recipe.data, list(shards)) if label in sets) if shards else (),
         start=start,
         keep=keep,
         facts=Facts(
@@ -176,9 +178,23 @@ def context_of(
             attention=recipe.model.attention if recipe else "auto",
         ),
         contract=Contract.of(model.config),
+        base=base_of(recipe, opened, device) if recipe and recipe.model.conversions else None,
         device=device,
         seed=seed,
     )
+
+
+def base_of(recipe: Recipe, opened: Opened, device: Any):
+    """The recipe's model before its conversions, to be opened; in the dtype of the one that is measured."""
+    from dataclasses import replace
+    from functools import partial
+
+    from adapt.distributed.world import World
+    from adapt.train.teacher import base_model
+
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    alike = replace(recipe, model=replace(recipe.model, dtype=dtype))
+    return partial(base_model, alike, opened.tokenizer, World(0, 0, 1, 1, device))
 
 
 def teacher_of(recipe: Recipe | None, chosen: tuple[SuiteChoice, ...], tokenizer: Any, device: Any):
@@ -197,16 +213,3 @@ def teacher_of(recipe: Recipe | None, chosen: tuple[SuiteChoice, ...], tokenizer
         )
     wanted = replace(recipe, evaluation=replace(recipe.evaluation, suites=chosen))
     return build_teacher(wanted, tokenizer, World(0, 0, 1, 1, device))
-
-
-def held_out(recipe: Recipe, tokenizer: Any, limit: int | None) -> dict[str, Callable[[], Iterator[Any]]]:
-    from functools import partial
-
-    from adapt.data.prepare import prepare
-    from adapt.data.stream import eval_batches
-
-    limit = recipe.evaluation.limit if limit is None else limit
-    return {
-        label: partial(eval_batches, shards, recipe.data.seq_len, ROWS_PER_BATCH, limit)
-        for label, shards in prepare(recipe, tokenizer, train=False).eval.items()
-    }

@@ -13,9 +13,9 @@ from adapt.conversion.latent_config import stock_config
 
 
 def stock_form(model: Any, target: str) -> Any:
-    """`model`, or the stock model of the same function; the two share what is the same. Heads tied to the embedding are
-    written out for vLLM, whose class for latent attention never ties them."""
-    if is_latent(model.config):
+    """`model`, or the stock model of the same function (not with the target `code`); the two share what is the same. Heads
+    tied to the embedding are written out for vLLM, whose class for latent attention never ties them."""
+    if is_latent(model.config) and target != "code":
         model = _latent_form(model)
     if target == "vllm" and model.config.model_type == "deepseek_v3" and model.config.tie_word_embeddings:
         model = _untied(model)

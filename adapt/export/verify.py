@@ -56,7 +56,31 @@ def compare(reloaded, stock, *, trained, tokenizer) -> dict[str, Any]:
             f"the export is not the trained model: its logits are {drift:.1%} away, where rounding to {dtype} explains "
             f"{ROUNDING[dtype]:.1%}"
         )
-    return {"dtype": dtype, "reload_difference": off, "rounding_difference": drift, "same_top_token": agree}
+    growing, fixed = cache_bytes(reloaded, ids)
+    return {
+        "dtype": dtype,
+        "reload_difference": off,
+        "rounding_difference": drift,
+        "same_top_token": agree,
+        "cache_bytes_per_token": growing,
+        "state_bytes": fixed,
+    }
+
+
+def cache_bytes(model, ids) -> tuple[float, float]:
+    """What decoding a row really keeps: bytes per token, and bytes besides. ids [1, T], T at least 2."""
+    import torch
+
+    def held(length: int) -> int:
+        with torch.inference_mode():
+            cache = model(ids[:, :length].to(model.device), use_cache=True).past_key_values
+        kept = [value for layer in cache.layers for value in vars(layer).values()]
+        kept = [t for value in kept for t in (value.values() if isinstance(value, dict) else [value])]
+        return sum(t.numel() * t.element_size() for t in kept if isinstance(t, torch.Tensor))
+
+    half = ids.shape[1] // 2
+    growing = (held(2 * half) - held(half)) / half
+    return growing, held(half) - half * growing
 
 
 def _logits(model, ids):

@@ -9,7 +9,7 @@ Legend: B rows, H query heads, G key/value heads, S tokens of a row, D head size
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import Layout
+from .window import attend, windows_of
 
 log = logging.getLogger("adapt.attention")
 
@@ -155,9 +156,16 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     plan: Any = None,
+    window_plans: dict[int, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] -> ([B, S, H, D], None)."""
+    """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] -> ([B, S, H, D], None).
+    `window_plans`: the plan of layers that have a window (window.py), by its size."""
+    window = getattr(module, "window", None)
+    if plan is None and window is not None:
+        return attend(query, key, value, attention_mask, window, scaling, dropout).transpose(1, 2), None
+    if window is not None:
+        plan = window_plans[window]
     if plan is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -208,6 +216,8 @@ def decode(
     decoder = model.get_decoder()
     if getattr(decoder, "reads_layout", False):
         more["layout"] = layout
+    if windows := windows_of(decoder):
+        more["window_plans"] = {size: make_plan(replace(layout, window=size), backend) for size in windows}
     return decoder(
         input_ids=input_ids,
         position_ids=position_ids,

@@ -69,6 +69,12 @@ class DecayGate(nn.Module):
                 weight.normal_(0, 0.006)
         self.bias.fill_(self.start)
 
+    @torch.no_grad()
+    def open(self) -> None:
+        """Change the weights so that every decay is 1 (log decay 0)."""
+        self.up.zero_()
+        self.bias.fill_(1e4)
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.down is not None:
@@ -148,6 +154,9 @@ class GatedLinearRecurrence(nn.Module):
         g = self.gate(x).unflatten(2, (self.groups, -1)).repeat_interleave(self.repeats, 2).transpose(1, 2)
         limited = self.options.gate == "channel" and not self.options.exact
         return g.clamp_min(floor(self.options.chunk)) if limited else g
+
+    def forget_nothing(self) -> None:
+        self.gate.open()
 
     def _repeat(self, x: Tensor, dim: int) -> Tensor:
         """[B, *, G, d] -> [B, *, H d]."""

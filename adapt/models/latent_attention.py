@@ -37,8 +37,8 @@ class LatentSpec:
     q_rank: int | None = None
     """None: one dense query projection."""
     rope: dict[str, Any]
-    """transformers' `rope_parameters`, for frequencies over d_r: `rope_theta`, and `rope_type` default, linear or
-    llama3."""
+    """transformers' `rope_parameters`, for frequencies over d_r: `rope_theta`, and `rope_type` default, linear, llama3 or
+    yarn."""
     q_norm: bool = False
     """RMSNorm of the query's latent."""
     kv_norm: bool = True
@@ -51,7 +51,9 @@ class LatentSpec:
 
     @property
     def scale(self) -> float:
-        return (self.nope_dim + self.rope_dim) ** -0.5
+        own = (self.nope_dim + self.rope_dim) ** -0.5
+        everywhere = self.rope.get("mscale_all_dim") if self.rope.get("rope_type") == "yarn" else None
+        return own * yarn_scale(self.rope["factor"], everywhere) ** 2 if everywhere else own
 
     @property
     def cache(self) -> int:
@@ -228,26 +230,59 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def rotation(position_ids: Tensor, rope: dict[str, Any], dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, Q, d_r / 2] fp32. Computed where they are used: no buffer has to survive a meta device."""
+    """cos and sin [B, 1, Q, d_r / 2] fp32, times YaRN's amplitude. Computed where they are used: no buffer has to survive
+    a meta device."""
     angles = position_ids[:, None, :, None].float() * frequencies(rope, dim, position_ids.device)
-    return angles.cos(), angles.sin()
+    size = amplitude(rope)
+    return angles.cos() * size, angles.sin() * size
 
 
 def frequencies(rope: dict[str, Any], dim: int, device: torch.device | str = "cpu") -> Tensor:
     """[d_r / 2] radians per position. `llama3` slows down those whose wavelength is beyond the original context, and
-    blends between (Llama 3.1; transformers' `_compute_llama3_parameters`)."""
+    blends between (Llama 3.1; transformers' `_compute_llama3_parameters`). `yarn` keeps those that turn more than
+    `beta_fast` times in it, slows down those below `beta_slow`, and blends by their number in between (2309.00071)."""
     kind = rope.get("rope_type", "default")
-    own = rope["rope_theta"] ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    own = 1 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     if kind == "default":
         return own
     if kind == "linear":
         return own / rope["factor"]
+    if kind == "yarn":
+        kept = _yarn_kept(rope, dim, device)
+        return own / rope["factor"] * (1 - kept) + own * kept
     if kind != "llama3":
-        raise ValueError(f"latent attention has no {kind} RoPE: it scales all frequencies of a head together")
+        raise ValueError(f"latent attention has no {kind} RoPE; there are default, linear, llama3 and yarn")
     low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     turns = context * own / (2 * math.pi)  # within the original context
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return own * (blend + (1 - blend) / rope["factor"])
+
+
+def _yarn_kept(rope: dict[str, Any], dim: int, device: torch.device | str) -> Tensor:
+    """[d_r / 2], 1 for frequencies that stay; a straight line between whole numbers of pairs, as DeepSeek cuts it."""
+    context, log = rope["original_max_position_embeddings"], math.log(rope["rope_theta"])
+    fast, slow = (
+        dim * math.log(context / (turns * 2 * math.pi)) / (2 * log)
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    )
+    first, last = max(math.floor(fast), 0), min(math.ceil(slow), dim - 1)
+    place = torch.arange(dim // 2, device=device, dtype=torch.float32)
+    return 1 - ((place - first) / (last - first or 0.001)).clamp(0, 1)
+
+
+def amplitude(rope: dict[str, Any]) -> float:
+    """By which YaRN multiplies cos and sin, on both sides of the product; 1 for all others."""
+    if rope.get("rope_type") != "yarn":
+        return 1.0
+    one, everywhere = rope.get("mscale"), rope.get("mscale_all_dim")
+    if one and everywhere:
+        return yarn_scale(rope["factor"], one) / yarn_scale(rope["factor"], everywhere)
+    return yarn_scale(rope["factor"])
+
+
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 ln(factor) + 1 (YaRN, equation 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

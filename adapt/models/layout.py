@@ -33,6 +33,9 @@ class Layout:
     """False: clean tokens see earlier clean tokens (causal). True: the whole of their block too (block-causal)."""
     noisy_causal: bool = False
     """False: noisy tokens see their whole noisy block. True: only up to themselves."""
+    window: int | None = None
+    """Tokens see the last so many of their document, themselves included; None: all. Fixed for a plan, as windows are
+    for a model."""
 
     def visible(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q sees key k in row b; the three index tensors broadcast. The only definition of the mask."""
@@ -49,6 +52,8 @@ class Layout:
             own_block = own_block & earlier
         context = q_noisy & ~k_noisy & (k_block < q_block)
         clean = ~q_noisy & ~k_noisy & ((k_block <= q_block) if self.clean_blocks else earlier)
+        if self.window is not None:
+            same_doc = same_doc & (q_pos - k_pos < self.window)
         return same_doc & (own_block | context | clean)
 
     def dense(self) -> Tensor:

@@ -40,8 +40,8 @@ def in_pieces(recurrence: nn.Module, x, q, k, v, rotary, tokens: Tokens, states:
 class LinearMixer(nn.Module):
     """`recurrence`: a module called as `(x, q, k, v, rotary, tokens, states) -> (heads, states)` with x [B, S, D],
     q [B, S, H, d], k and v [B, S, G, d], heads [B, S, H, d]. Its states are {name: [B, ...]} of a size that does not
-    depend on S; None stands for the states before the first token. `log_decays(x)` are its [B, H, S, *] decays. All that
-    a conversion creates lies in it."""
+    depend on S; None stands for the states before the first token. `log_decays(x)` are its [B, H, S, *] decays, and
+    `forget_nothing()` changes its weights so that all of them are 0. All that a conversion creates lies in it."""
 
     cache_layer = StateLayer
     created = "recurrence"

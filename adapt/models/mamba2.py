@@ -125,6 +125,10 @@ class Mamba2Recurrence(nn.Module):
         """[H], below 0."""
         return -self.A_log.to(dtype).exp()
 
+    @torch.no_grad()
+    def forget_nothing(self) -> None:
+        self.A_log.fill_(-1e4)
+
     def log_decays(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> [B, H, S, 1]."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -35,6 +35,14 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             self.bias.zero_() if self.others is not None else self.bias.uniform_(-bound, bound)
 
+    @torch.no_grad()
+    def pass_through(self) -> None:
+        """Change the weights so that every token is seen as it is: for measuring what the taps are worth."""
+        self.weight.mul_(0)
+        self.weight[..., -1].add_(1.0)
+        if self.bias is not None:
+            self.bias.zero_()
+
     def forward(self, x: Tensor, tokens: Tokens, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, T, C], tail [B, W - 1, C] of the tokens before (None: zeros) -> y [B, T, C], the new tail.
 

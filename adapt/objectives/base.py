@@ -35,6 +35,8 @@ class Facts:
     """Longest row the model has positions for; None: no limit that is known."""
     learning: tuple[int, ...] = ()
     """Layers of the student that can learn from the attention they replace."""
+    converted: tuple[int, ...] = ()
+    """Layers of the student whose token mixer is not the base's attention."""
     total_steps: int | None = None
     """Optimizer steps of the stage, which ramps span as the schedule does; None outside of training."""
 
@@ -80,7 +82,11 @@ class Objective(Protocol):
     """Whether `models.teacher` is read. Where that depends on the config, a property of the config says it."""
     pairs: bool = False
     """Whether it reads preference pairs (`batch.pair_index`), and nothing else; others would learn the rejected
-    answers too."""
+    answers too. Both rows of a pair are then always in one microbatch."""
+    compares_with_start: bool = False
+    """Whether it compares the student with what it was when the stage began. Then it has, besides,
+    `row_values(models, inputs) -> [B]`, called without gradients for every row the stage will read, before its first
+    step; and `remember(start)`, where `start(batch) -> [B]` float64 gives these values to `prepare`."""
 
     def prepare(self, batch: Batch, *, seed: int, step: int) -> Prepared:
         """Pure: the noise is a function of (seed, batch.source, batch.epoch, batch.sample_index); the step enters

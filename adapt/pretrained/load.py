@@ -69,12 +69,7 @@ def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
         with torch.device("meta"):
             config = load_config(recipe.model)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    folder = _weights_folder(recipe.model)
-    config = load_config(recipe.model)
-    if problems := family_problems(config, trusted=recipe.model.trust_remote_code):
-        raise UserError(problems)
-    if facts := _missing_rope(folder, recipe.model):
-        raise UserError(facts)
+    folder, config = readable_folder(recipe), load_config(recipe.model)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -95,12 +90,7 @@ def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
             Problem("model.base", f"the weights in {folder} are damaged ({error}); download them again")
         ) from None
     if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
-        raise UserError(
-            Problem(
-                "model.base",
-                f"{recipe.model.base} lacks {len(wrong)} of the model's weights: {', '.join(wrong[:5])}",
-            )
-        )
+        raise lacks(recipe, wrong)
     form = formats.format_of(folder)
     if form and (problems := formats.layout_problems(form, model, info["unexpected_keys"])):
         raise UserError(problems)
@@ -111,6 +101,20 @@ def load_model(recipe: Recipe, *, device: str = "cpu") -> PreTrainedModel:
     if info["unexpected_keys"]:
         log.warning("%s: unused weights %s", recipe.model.base, ", ".join(sorted(info["unexpected_keys"])[:5]))
     return model.to(device).eval()
+
+
+def readable_folder(recipe: Recipe) -> Path:
+    """Where the base's weights are, on this machine from now on. Raises UserError for a model that cannot be read."""
+    folder = _weights_folder(recipe.model)
+    problems = family_problems(load_config(recipe.model), trusted=recipe.model.trust_remote_code)
+    if problems := problems or _missing_rope(folder, recipe.model):
+        raise UserError(problems)
+    return folder
+
+
+def lacks(recipe: Recipe, names: list[str]) -> UserError:
+    what = f"{recipe.model.base} lacks {len(names)} of the model's weights: {', '.join(names[:5])}"
+    return UserError(Problem("model.base", what))
 
 
 def load_tokenizer(recipe: Recipe, *, offline: bool = False) -> PreTrainedTokenizerFast:

@@ -51,8 +51,9 @@ def _is(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def add_lora(model, lora: Lora):
-    """Put adapters into every linear module whose name ends in one of `lora.targets`, and freeze everything else."""
+def add_lora(model, lora: Lora, seed: int = 0):
+    """Put adapters into every linear module whose name ends in one of `lora.targets`, and freeze everything else. They
+    start as `start_of` says; on the meta device they stay empty."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if problems := lora_problems(model, lora):
@@ -68,7 +69,23 @@ def add_lora(model, lora: Lora):
     inject_adapter_in_model(config, model, ADAPTER)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name and not parameter.is_meta:
+            parameter.data.copy_(start_of(name, parameter.shape, seed))
     return model
+
+
+def start_of(name: str, shape, seed: int):
+    """float32: PEFT's own start (uniform within sqrt(1 / inputs), and zero), drawn for each adapter by its name, so that
+    a rank that holds some of its rows needs no other adapter."""
+    import torch
+
+    from adapt.data.noise import generator
+
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    bound = shape[-1] ** -0.5
+    drawn = generator(seed, *name.encode()).uniform(-bound, bound, tuple(shape))
+    return torch.from_numpy(drawn.astype("float32"))
 
 
 def merge_lora(model):

@@ -75,7 +75,7 @@ def read(path: Path, name: str, colour: str) -> RunData:
         train=_last_of_each([x for x in lines if "loss" in x]),
         evaluations=_last_of_each([x for x in lines if any(k.startswith("eval/") for k in x)]),
         optimizer_state_bytes=max(kept, default=None),
-        grids=list({(x["step"], x.get("suite")): x for x in tables}.values()),
+        grids=list({(x["step"], str(x.get("suite")), str(x.get("model", ""))): x for x in tables}.values()),
         samples=[x for x in samples if isinstance(x, dict)] if isinstance(samples, list) else [],
         manifest=manifest if isinstance(manifest, dict) else {},
         interpolation=between if isinstance(between, dict) else {},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from adapt.config.schema import Recipe, Trainable
-from adapt.conversion.base import apply_conversions, filled_rows
-from adapt.conversion.mixers import created_parameters, learning_layers
+from adapt.conversion.base import apply_conversions, filled_rows, reads_layers
+from adapt.conversion.mixers import converted_layers, created_parameters, learning_layers
 from adapt.distributed.shard import make_mesh, shard
+from adapt.distributed.sharded_start import fill
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
 from adapt.models import attention
@@ -16,38 +19,58 @@ from adapt.objectives.base import Facts
 from adapt.pretrained import load_model
 from adapt.pretrained.families import longest_row
 from adapt.pretrained.lora import add_lora
+from adapt.pretrained.outline import WeightFiles, load_outline
 from adapt.tokenization.vocabulary import Vocabulary
 from adapt.train.frozen_rows import row_parameters
+from adapt.train.recompute import checkpoint_layers
 from adapt.train.root import Root
 from adapt.train.trainable import select
 
 
-def build_student(recipe: Recipe, tokenizer) -> nn.Module:
-    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one."""
-    model = load_model(recipe)
-    model = apply_conversions(recipe, model, tokenizer)
+def build_student(recipe: Recipe, tokenizer, decided: dict[str, Any] | None = None) -> nn.Module:
+    """The student on the CPU: base weights, conversions in order, adapters, our attention. `tokenizer` may gain one.
+    `decided`: what conversions found when the run began (apply_conversions); what is missing is added."""
+    return _converted(recipe, load_model(recipe), tokenizer, decided)
+
+
+def _converted(recipe: Recipe, model: nn.Module, tokenizer, decided: dict[str, Any] | None) -> nn.Module:
+    model = apply_conversions(recipe, model, tokenizer, decided)
     if recipe.trainable.lora is not None:
-        torch.manual_seed(recipe.run.seed)  # the same adapters on every rank
-        model = add_lora(model, recipe.trainable.lora)
+        model = add_lora(model, recipe.trainable.lora, recipe.run.seed)  # the same adapters on every rank
     return attention.use(model)
 
 
-def build_root(recipe: Recipe, student: nn.Module, world: World) -> Root:
-    """On the device, checkpointed, compiled and sharded as the recipe says."""
+def build_root(recipe: Recipe, tokenizer, world: World, decided: dict[str, Any] | None = None) -> Root:
+    """On the device, checkpointed, compiled and sharded as the recipe says. In a group no rank holds the whole model, unless
+    a conversion has to see its layers: then each builds it on the CPU first. `decided` as in build_student."""
     trainer = recipe.trainer
-    if trainer.activation_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+    outline = load_outline(recipe) if world.grouped and not reads_layers(recipe) else None
+    model = outline[0] if outline else load_model(recipe)
+    student = _converted(recipe, model, tokenizer, decided)
+    checkpoint_layers(student, trainer.activation_checkpointing)
     student.config.use_cache = False
     if trainer.compile:
         attention.keep_out_of_graphs()
         for layer in student.get_decoder().layers:
             layer.compile()
     root = Root(student)
-    if not world.grouped:
-        root.to(world.device)
-    else:  # moves to the device layer by layer: no GPU holds the whole model
-        shard(root, [student], make_mesh(world, trainer.mesh), compute_dtype(recipe, world))
+    place(root, student, outline[1] if outline else None, recipe, world)
     return root.train()
+
+
+def place(root: nn.Module, model: nn.Module, files: WeightFiles | None, recipe: Recipe, world: World) -> None:
+    """On the device, sharded where there is a group: layer by layer, so that no GPU holds the whole model. What `files`
+    have of it is read into the shards. Raises UserError for a mesh that this world cannot be."""
+    mesh = recipe.trainer.mesh
+    if not world.grouped:
+        if mesh.offload:
+            what = "true: weights can wait on the CPU for a GPU, and this run has one CPU process; leave it out"
+            raise UserError(Problem("trainer.mesh.offload", what))
+        root.to(world.device)
+        return
+    shard(root, [model], make_mesh(world, mesh), compute_dtype(recipe, world), mesh.offload)
+    if files is not None:
+        fill(model, files, torch.device("cpu") if mesh.offload else world.device, recipe.run.seed)
 
 
 def compute_dtype(recipe: Recipe, world: World) -> torch.dtype:
@@ -90,11 +113,15 @@ def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
         vocabulary=Vocabulary.of(tokenizer, model.config),
         positions=longest_row(model.config),
         learning=learning_layers(model),
+        converted=converted_layers(model),
     )
 
 
-def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Module | None:
-    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective."""
+def whole_student(
+    recipe: Recipe, tokenizer, root: Root, world: World, decided: dict[str, Any] | None = None
+) -> nn.Module | None:
+    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective.
+    `decided`: what it was built with (build_student)."""
     import copy
 
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -107,7 +134,7 @@ def whole_student(recipe: Recipe, tokenizer, root: Root, world: World) -> nn.Mod
         weights = {n.removeprefix("student."): w for n, w in weights.items() if n.startswith("student.")}
         if not world.main:
             return None
-        model = build_student(recipe, copy.deepcopy(tokenizer))
+        model = build_student(recipe, copy.deepcopy(tokenizer), decided)
         model.load_state_dict(weights)
     else:
         model = copy.deepcopy(root.student).cpu()

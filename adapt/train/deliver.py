@@ -14,7 +14,7 @@ from adapt.errors import UserError
 from adapt.objectives.base import Objective
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
-from adapt.train.build import build_root, build_student, facts_of, whole_student
+from adapt.train.build import build_root, facts_of, whole_student
 from adapt.train.state import State
 
 
@@ -66,10 +66,9 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
         resolved = Resolved((recipe,), resolved.names[-1:], resolved.plain)
     tokenizer = load_tokenizer(recipe)
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    student = build_student(recipe, tokenizer)
-    facts = facts_of(recipe, student, tokenizer)
-    root = build_root(recipe, student, world)
     state = State.from_dict(checkpoint.read_state(saved[-1]))
+    root = build_root(recipe, tokenizer, world, state.decided)
+    facts = facts_of(recipe, root.student, tokenizer)
     checkpoint.load(saved[-1], root, None)
     results = dict(state.results)
     found = read_sweep(folder)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from adapt.config.schema import Recipe
 from adapt.data.plan import Plan, tempered
@@ -33,6 +34,11 @@ class Feed:
     """Label -> what is read of it, for the header."""
     notes: list[str]
     """What else the user should know before it begins."""
+
+    def add_to(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of the data, with what became of it in rows."""
+        train = zip(manifest["train"], self.stream.rows, strict=True)
+        return {**manifest, "train": [{**entry, **rows.facts} for entry, rows in train]}
 
 
 def feed_of(recipe: Recipe, shards: list[TokenShards], state: State, rows_per_step: int) -> Feed:
@@ -121,7 +127,7 @@ def _labels(rows: list[Rows]) -> list[str]:
 
 
 def _reads(rows: list[Rows], labels: list[str], plan: Plan, units: int) -> tuple[dict[str, str], list[str]]:
-    reads, notes = {}, []
+    reads, notes = {}, [note for label, own in zip(labels, rows, strict=True) for note in _fitted(label, own)]
     for i, (label, own) in enumerate(zip(labels, rows, strict=True)):
         count = plan.counts(units)[i]
         new, epochs = (count - plan.read[i]) * own.unit, count / own.num_units
@@ -135,6 +141,19 @@ def _reads(rows: list[Rows], labels: list[str], plan: Plan, units: int) -> tuple
                 f"(data.train[{i}].max_epochs sets a limit)"
             )
     return reads, notes
+
+
+def _fitted(label: str, rows: Rows) -> list[str]:
+    """Of preference pairs longer than a row."""
+    notes, row = [], f"data.seq_len={rows.seq_len:,}"
+    if rows.pairs and rows.pairs.num_cut:
+        notes.append(f"{label}: {rows.pairs.num_cut:,} pairs are longer than {row}; their prompts lose the beginning")
+    if rows.pairs and rows.pairs.num_too_long:
+        notes.append(
+            f"{label}: {rows.pairs.num_too_long:,} pairs are left out, because {row} has no room for a prompt beside "
+            "their answers"
+        )
+    return notes
 
 
 def _short(recipe, rows, phases, limits, plan: Plan, units: int, steps: int) -> list[Problem]:

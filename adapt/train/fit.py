@@ -23,9 +23,10 @@ from adapt.errors import StopRequested, UserError
 from adapt.optim.following import Following
 from adapt.optim.suite import Suite, adopt
 from adapt.runfolder import RunFolder
-from adapt.train import interpolate
-from adapt.train.build import build_root, build_student, compute_dtype, facts_of, set_trainable, whole_student
-from adapt.train.deliver import decoding_fields, export, print_table, show_end
+from adapt.train import interpolate, start_values
+from adapt.train.build import build_root, compute_dtype, facts_of, set_trainable
+from adapt.train.deterministic import deterministic, prepare
+from adapt.train.finish import finish
 from adapt.train.frozen_rows import FrozenRows
 from adapt.train.hooks import Hooks
 from adapt.train.mixing import total_steps
@@ -35,7 +36,7 @@ from adapt.train.root import look
 from adapt.train.rules import learners
 from adapt.train.signals import StopFlag
 from adapt.train.state import State
-from adapt.train.teacher import build_teacher
+from adapt.train.teacher import base_model, build_teacher
 
 
 def fit(resolved: Resolved, resume: str = "no") -> int:
@@ -49,11 +50,13 @@ def fit(resolved: Resolved, resume: str = "no") -> int:
     began = float(os.environ.get(BEGAN, time.monotonic()))
     check_or_raise(resolved)
     _quiet()
+    exact = resolved.recipe.trainer.deterministic
+    prepare(exact)
     world = worlds.start(resolved.recipe.trainer.devices)
     try:
         folder = worlds.on_main(world, lambda: RunFolder.create(resolved, resume))
         folder = folder or RunFolder.follow(resolved, resume)
-        with StopFlag() as flag:
+        with StopFlag() as flag, deterministic(exact):
             _Run(resolved, folder, world, flag, began).go()
     finally:
         worlds.stop()
@@ -68,9 +71,9 @@ class _Run:
         recipe = resolved.recipe
         self.tokenizer = worlds.on_main(world, lambda: planned_tokenizer(recipe)) or planned_tokenizer(recipe)
         self.data, self.data_of = self._prepare(recipe), recipe.data
-        student = build_student(recipe, self.tokenizer)
-        self.facts = facts_of(recipe, student, self.tokenizer)
-        self.root, self.teacher_of = build_root(recipe, student, world), None
+        decided = _decided(folder)
+        self.root, self.teacher_of = build_root(recipe, self.tokenizer, world, decided), None
+        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
         self.state = State()
         if world.main:
             folder.begin(resolved)  # nothing is left behind by a start that failed before this
@@ -80,11 +83,14 @@ class _Run:
         self.resume_from = saved[-1] if folder.resumed and saved else None
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
+        self.state.decided = decided
         self.loggers: list[Any] = []
         if world.main:
             from adapt.train.loggers import build_loggers
 
             self.loggers = build_loggers(recipe, folder.path, self.state.step if folder.resumed else 0)
+        for where, answer in decided.items():
+            self.say(f"{where}: {answer['text']}")
 
     def _prepare(self, recipe: Recipe):
         """Rank 0 prepares the shards, the others find them ready."""
@@ -99,15 +105,15 @@ class _Run:
         last = len(stages) - 1
         if state.finished == "steps" and total_steps(stages[last]) > state.stage_step:
             more = total_steps(stages[last]) - state.stage_step
-            self._say(f"{more} steps were added to the finished run; its schedule now spans all of them")
+            self.say(f"{more} steps were added to the finished run; its schedule now spans all of them")
             state.finished = ""
         if state.finished:
-            self._say(f"all {len(stages)} stage(s) were done before; exporting again")
+            self.say(f"all {len(stages)} stage(s) were done before; exporting again")
             checkpoint.load(self.resume_from, self.root, None)
         hooks = None
         while not state.finished:
             hooks = self._stage(stages[state.stage], hooks.optimizer if hooks else None, last=state.stage == last)
-        self._finish(stages[last])
+        finish(self, stages[last])
 
     def _stage(self, recipe: Recipe, before: torch.optim.Optimizer | None, *, last: bool) -> Hooks:
         import lightning.pytorch as L
@@ -119,14 +125,14 @@ class _Run:
         state, world = self.state, self.world
         trainable = set_trainable(self.root, recipe.trainable)
         self.facts = facts_of(recipe, self.root.student, self.tokenizer)
-        self._teach(recipe)
+        self.teach(recipe)
         objective = recipe.objective.build(replace(self.facts, total_steps=total_steps(recipe)))
         if state.objective:
             objective.restore(state.objective)
         self.root.student.config.update(objective.export_fields())  # what samplers need to know
         optimizer = recipe.optimizer.build(self.root.student)
         if isinstance(optimizer, Suite):
-            self._say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
+            self.say(f"optimizer {recipe.optimizer.name}:\n{optimizer.table()}")
         following = Following(optimizer, recipe)
         frozen = FrozenRows(self.root.student, recipe.trainable)
         frozen.guard(optimizer)
@@ -140,7 +146,7 @@ class _Run:
         rows_per_step = self._rows_per_step(recipe)
         feed = feed_of(recipe, self.data.train, state, rows_per_step)
         if world.main:
-            self.folder.add_data(self.data.manifest)
+            self.folder.add_data(feed.add_to(self.data.manifest))
         stream, total = feed.stream, feed.steps
         progress = None
         if world.main:
@@ -158,7 +164,7 @@ class _Run:
             flag=self.flag,
             root=self.root,
             optimizer=optimizer,
-            measure=lambda: self._measure(recipe, objective),
+            measure=lambda: self.measure(recipe, objective),
             observe=objective.observe,
             loggers=self.loggers,
             progress=progress,
@@ -168,7 +174,13 @@ class _Run:
             hooks.saved_step = state.step
         if recipe.export.interpolation is not None:
             interpolate.keep_start(self.folder.checkpoints, state.step, self.root, world)
+        if compares := recipe.objective.declares("compares_with_start"):
+            objective.remember(start_values.nothing)
         microbatch = self._rehearse(recipe, objective, feed, rows_per_step, trainable, progress)
+        if compares:
+            start_values.begin(
+                recipe, objective, state, stream, total, root=self.root, microbatch=microbatch, world=world, hooks=hooks
+            )
         if state.step == 0 and "before" not in state.results:
             state.results["before"] = hooks.evaluate()
             hooks.ended_by_rule = ""  # a rule that the start meets already ends nothing before the first step
@@ -221,12 +233,12 @@ class _Run:
         else:
             state.read = stream.plan.counts((state.stage_step + state.skipped) * rows_per_step // stream.unit)
             state.stage, state.stage_step, state.skipped = state.stage + 1, 0, 0
-            state.minima, state.objective, state.best, state.best_step = {}, {}, None, None
+            state.minima, state.objective, state.best, state.best_step, state.start_values = {}, {}, None, None, ""
         hooks.saved_step = -1
         hooks.save()
         return hooks
 
-    def _teach(self, recipe: Recipe) -> None:
+    def teach(self, recipe: Recipe) -> None:
         """The teacher of this stage; one that the stage before had is used again."""
         wanted = recipe.teacher if learners(recipe) else None
         if wanted != self.teacher_of:
@@ -250,7 +262,15 @@ class _Run:
         world = self.world
         first = feed.stream.step_batch(0, rows_per_step, world.rank, world.size)
         wanted = recipe.trainer.microbatch
-        size, took = dry_run(self.root, objective, first, microbatch=wanted, seed=recipe.run.seed, world=world)
+        size, took = dry_run(
+            self.root,
+            objective,
+            first,
+            microbatch=wanted,
+            seed=recipe.run.seed,
+            world=world,
+            unit=feed.stream.unit,
+        )
         if progress:
             steps = feed.steps - self.state.stage_step
             estimate = steps * took * first.num_rows / size
@@ -271,22 +291,18 @@ class _Run:
                 }
             )
             for note in feed.notes:
-                self._say(note)
+                self.say(note)
         return size
 
-    def _measure(self, recipe: Recipe, objective) -> dict[str, float]:
-        from adapt.data.stream import eval_batches
+    def measure(self, recipe: Recipe, objective) -> dict[str, float]:
+        from adapt.data.stream import eval_passes
         from adapt.evaluate.context import EvalContext, guard_labels
         from adapt.evaluate.runner import evaluate
         from adapt.generation.contract import Contract
 
         world = self.world
-        sets = {
-            label: partial(
-                eval_batches, shards, recipe.data.seq_len, 4, recipe.evaluation.limit, world.rank, world.size
-            )
-            for label, shards in self.data.eval.items()
-        }
+        data, shards = recipe.data, self.data.eval
+        sets, pairs = eval_passes(shards, data.seq_len, recipe.evaluation.limit, world.rank, world.size)
 
         def reduce(values: dict[str, float]) -> dict[str, float]:
             return dict(zip(values, world.sum([float(v) for v in values.values()]), strict=True))
@@ -295,90 +311,30 @@ class _Run:
             call=partial(look, self.root),
             tokenizer=self.tokenizer,
             eval_sets=sets,
+            pair_sets=pairs,
             reduce=reduce,
             keep=lambda grid: self.folder.add_grid(self.state.step, grid.to_dict()),
             facts=self.facts,
             contract=Contract.of(objective.export_fields()),
-            guards=guard_labels(recipe.data, list(sets)),
+            guards=tuple(label for label in guard_labels(data, list(shards)) if label in sets),
             start=self.state.results.get("before") or ({} if self.state.step == 0 else None),
+            base=partial(base_model, recipe, self.tokenizer, world, self.root.teacher),
+            measured=self.state.measured,
             device=world.device,
             seed=recipe.run.seed,
         )
         return evaluate(recipe.evaluation.suites, context)
 
-    def _finish(self, recipe: Recipe) -> None:
-        """Samples, export, report: what the user came for."""
-        self.facts = facts_of(recipe, self.root.student, self.tokenizer)
-        self._teach(recipe)
-        objective = recipe.objective.build(self.facts)
-        fields = decoding_fields(recipe, objective)
-        self.root.student.config.update(fields)  # what samplers need to know
-        if recipe.evaluation.best and self.state.best_step is not None:
-            self._take_best(recipe, objective)
-        results, folder = self.state.results, self.folder
-        if recipe.export.interpolation is not None:
-            results = results | self._interpolate(recipe, objective)
-        model = whole_student(recipe, self.tokenizer, self.root, self.world)
-        # The export comes first: a prompt that cannot be decoded must not cost it.
-        worlds.on_main(
-            self.world,
-            lambda: export(folder, self.resolved, model, self.tokenizer, results, fields, folder.export),
-        )
-        samples = self._samples(recipe)
-        if self.world.main:
-            folder.write_json("samples.json", samples)
-            for logger in self.loggers:
-                logger.finalize("success")
-            show_end(folder, self.state, samples)
-        self.world.wait()
-
-    def _take_best(self, recipe: Recipe, objective) -> None:
-        """Export the best checkpoint, and say of it what was measured of it."""
-        path = self.folder.checkpoints / f"step-{self.state.best_step}"
-        if self.state.best_step != self.state.step and path.is_dir():
-            checkpoint.load(path, self.root, None)
-            self._say(f"exporting the best checkpoint, {path.name}: {recipe.evaluation.best} {self.state.best:.4g}")
-            self.root.eval()
-            self.state.results["after"] = self._measure(recipe, objective)
-
-    def _interpolate(self, recipe: Recipe, objective) -> dict[str, Any]:
-        """The sweep over alpha; the model and the run's results become those of the alpha taken."""
-        state = self.state
-        of = state.best_step if recipe.evaluation.best and state.best_step is not None else state.step
-        self.root.eval()
-        measure = partial(self._measure, recipe, objective) if recipe.evaluation.suites else dict
-        wanted, folder = recipe.export.interpolation, self.folder
-        known = {alpha: state.results[end] for alpha, end in ((0.0, "before"), (1.0, "after")) if end in state.results}
-        if len({frozenset(found) for found in known.values()}) > 1:  # resumed with other suites
-            known.pop(0.0)
-        found = interpolate.sweep(self.root, folder.checkpoints, f"step-{of}", wanted, measure, known, self.world)
-        state.results["after"] = found.results
-        if self.world.main:
-            folder.write_json(interpolate.FILE, found.to_dict())
-            print_table(interpolate.table(found))
-        self._say(f"exporting {interpolate.describe(found.alpha, found.why)}")
-        return {"after": found.results, "interpolation": found.to_dict()}
-
-    def _samples(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """Every prompt through every sampler, on all ranks alike (the model may be sharded)."""
-        from adapt.train.samples import sample
-
-        self.root.eval()
-        self.root.student.config.use_cache = True
-        found = []
-        for prompt in recipe.generation.prompts:
-            for choice in recipe.generation.samplers:
-
-                def decode(models, prompt=prompt, choice=choice):
-                    return sample(models.student, self.tokenizer, prompt, choice, recipe.generation.max_new_tokens)
-
-                found.append(look(self.root, decode))
-        return found
-
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.world.main:
             self.folder.log(text)
             print(text)
+
+
+def _decided(folder: RunFolder) -> dict[str, Any]:
+    """What the conversions of a run that goes on found when it began; {} before its first checkpoint."""
+    saved = checkpoint.checkpoints(folder.checkpoints) if folder.resumed else []
+    return worlds.from_main(checkpoint.read_state(saved[-1]).get("decided", {}) if saved else {})
 
 
 def stream_tokens(data) -> int:

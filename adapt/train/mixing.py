@@ -74,6 +74,14 @@ def mixing_problems(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 where, "preference pairs are compared as whole sequences, each in a row of its own; leave this out"
             )
+        microbatch, pair = recipe.trainer.microbatch, 2 * data.seq_len
+        if microbatch != "auto" and microbatch % 2:
+            what = f"{microbatch} row(s) would part preference pairs, which have two; give an even number, or auto"
+            yield Problem("trainer.microbatch", what)
+        if recipe.trainer.batch_tokens % pair and not recipe.trainer.batch_tokens % max(1, data.seq_len):
+            what = f"{recipe.trainer.batch_tokens:,} is no multiple of a preference pair's two rows of {data.seq_len:,} tokens"
+            better = max(1, round(recipe.trainer.batch_tokens / pair)) * pair
+            yield Problem("trainer.batch_tokens", f"{what}; try {better:,}")
 
 
 def _weight_problems(where: str, dataset: Dataset, recipe: Recipe) -> Iterator[Problem]:

@@ -77,9 +77,17 @@ def leak_probe(root: Root, backend: str, vocab: int, world: World) -> float:
 
 
 def dry_run(
-    root: nn.Module, objective: Objective, batch: Batch, *, microbatch: int | str, seed: int, world: World
+    root: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    *,
+    microbatch: int | str,
+    seed: int,
+    world: World,
+    unit: int = 1,
 ) -> tuple[int, float]:
-    """Forward and backward of the largest microbatch the run will see. Returns (microbatch, seconds it took).
+    """Forward and backward of the largest microbatch the run will see, of whole units of `unit` rows. Returns
+    (microbatch, seconds it took).
 
     `auto` takes what should fit: on GPUs by the measured memory of one and two rows, on CPUs by the shapes. It is the
     same on all ranks, and tried once: a rank that ran out of memory inside a collective cannot be called back.
@@ -107,9 +115,9 @@ def dry_run(
     if isinstance(microbatch, int):
         size = min(rows, microbatch)
     elif world.device.type == "cuda":
-        size = world.least(_measured(attempt, root, rows, world.device))
+        size = world.least(_measured(attempt, root, rows, world.device, unit))
     else:
-        size = world.least(min(rows, _guess(root, batch, world)))
+        size = world.least(min(rows, max(unit, _guess(root, batch, world) // unit * unit)))
     return size, attempt(size)
 
 
@@ -121,16 +129,16 @@ def out_of_memory(rows: int, length: int) -> Problem:
     )
 
 
-def _measured(attempt: Callable[[int], float], root: nn.Module, rows: int, device: torch.device) -> int:
-    """Rows that fit a GPU, from the peaks of one and of two rows. Collective."""
+def _measured(attempt: Callable[[int], float], root: nn.Module, rows: int, device: torch.device, unit: int = 1) -> int:
+    """Rows that fit a GPU, in whole units, from the peaks of one and of two units. Collective."""
     peaks = []
-    for size in (1, min(2, rows)):
+    for size in (unit, min(2 * unit, rows)):
         torch.cuda.reset_peak_memory_stats(device)
         attempt(size)
         peaks.append(torch.cuda.max_memory_allocated(device))
     local = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in root.parameters() if p.requires_grad)
     room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return rows_that_fit(peaks[0], peaks[1], room, 3 * local, rows)
+    return unit * rows_that_fit(peaks[0], peaks[1], room, 3 * local, rows // unit)
 
 
 def rows_that_fit(one: int, two: int, room: int, to_come: int, rows: int) -> int:

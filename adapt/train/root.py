@@ -50,3 +50,12 @@ def look(root: Root, fn: Callable[..., Any], *args: Any) -> Any:
     if hasattr(root, "reshard"):
         root.reshard()
     return result
+
+
+def look_at(frozen: Frozen, fn: Callable[..., Any], *args: Any) -> Any:
+    """The same of a frozen model, which is the student of what `fn` is called with."""
+    with torch.no_grad():
+        result = frozen(lambda model: fn(Models(model), *args))
+    if hasattr(frozen, "reshard"):
+        frozen.reshard()
+    return result

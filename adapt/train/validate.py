@@ -148,6 +148,7 @@ BUILT_ONCE = (
     "trainer.precision",
     "trainer.compile",
     "trainer.activation_checkpointing",
+    "trainer.deterministic",
     "trainer.mesh",
     "trainer.devices",
     "trainable.lora",

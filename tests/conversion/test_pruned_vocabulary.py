@@ -206,14 +206,12 @@ def test_the_conversion_for_extended_vocabularies_points_to_this_one(tmp_path):
 
 
 def test_a_base_that_is_out_of_reach_is_planned_by_the_tokenizer_alone(tmp_path, monkeypatch):
-    from adapt.conversion.pruned_vocabulary import PrunedVocabulary
-
     made = made_of(save_base(tmp_path / "base"), save_pruned(tmp_path / "t"))
 
-    def unreachable(self, *, offline):
+    def unreachable(recipe, *, offline):
         raise NotReachable("no connection")
 
-    monkeypatch.setattr(PrunedVocabulary, "_base", unreachable)
+    monkeypatch.setattr("adapt.conversion.pruned_vocabulary.base_tokenizer", unreachable)
     config, _ = plan_conversions(made, load_config(made.model), load_tokenizer(made))
     end, start, pad = (small().ids[s] for s in SPECIALS)
     assert (config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id) == (SIZE, end, start, pad)

@@ -18,6 +18,7 @@ from adapt.conversion.base import apply_conversions, plan_conversions
 from adapt.conversion.latent_shape import TeacherShape
 from adapt.errors import StopRequested, UserError
 from adapt.export.stock import is_latent, stock_form
+from adapt.models.latent_attention import amplitude, frequencies
 from adapt.pretrained import load_model, load_tokenizer
 from adapt.train.fit import fit
 from adapt.train.validate import problems
@@ -261,6 +262,8 @@ REFUSED = {
     "layer": ({"layers": [7]}, {}, {}, "model.conversions[0].layers", "from 0 to 1"),
     "window": ({}, {"family": "mistral", "sliding_window": 128}, {}, "model.base", "look back 128"),
     "yarn": ({}, {}, {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "model.rope_scaling", "yarn"),
+    "no factor for yarn": ({"rope_scaling": "yarn"}, {}, {}, "model.conversions[0].rope_scaling", "without one"),
+    "context without yarn": ({"yarn_context": 8192}, {}, {}, "model.conversions[0]", "is for rope_scaling: yarn"),
     "llama3 for vllm": ({}, {}, {"rope_scaling": LLAMA3, "target": "vllm"}, "export.target", "for YaRN"),
     "hybrid for vllm": ({"layers": [0]}, {}, {"target": "vllm"}, "export.target", "convert all layers"),
     "no norm for vllm": ({"latent_norm": "none"}, {}, {"target": "vllm"}, "export.target", "use calibrated"),
@@ -297,8 +300,6 @@ def test_another_vocabulary_than_the_teachers_is_refused(bases, tmp_path):
 
 def test_llama3_scaling_stays_with_its_frequencies(bases, tmp_path):
     """Spec 8.6: both the stock class and ours turn the chosen pairs as the base does."""
-    from adapt.models.latent_attention import frequencies
-
     rope = {"rope_theta": 10000.0} | LLAMA3
     base = bases(rope_parameters=rope, head_dim=16, max_position_embeddings=128)
     teacher = load_model(resolve(made(base, tmp_path)).recipe).model.rotary_emb.inv_freq
@@ -306,6 +307,29 @@ def test_llama3_scaling_stays_with_its_frequencies(bases, tmp_path):
         model, _, _ = student(base, tmp_path, {"rope": how})
         torch.testing.assert_close(model.model.rotary_emb.inv_freq, teacher[chosen], atol=0, rtol=1e-5)
         torch.testing.assert_close(frequencies(model.config.rope_parameters, 8), teacher[chosen], atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("conversion", [{}, PUBLISHED | {"nope_dim": 8, "rope_dim": 8}], ids=["ours", "published"])
+def test_yarn_as_published_takes_the_bases_factor(conversion, bases, tmp_path):
+    """Spec 1: in the place of any other scaling, and of a context of 4096, in the stock class (which vLLM knows it in,
+    too) and in ours. Scores of positions are (0.1 ln(factor) + 1)^2 as large."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    base = bases(rope_parameters={"rope_theta": 10000.0} | LLAMA3, head_dim=16, max_position_embeddings=128)
+    model, _, _ = student(base, tmp_path, conversion | {"rope_scaling": "yarn"})
+    stock = not conversion
+    rope = model.config.rope_parameters if stock else model.config.mixer_options["latent"]["rope"]
+    theta = 100.0 if stock else 10000.0
+    wanted = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096, "rope_theta": theta}
+    assert rope == wanted | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0}
+    own, size = ROPE_INIT_FUNCTIONS["yarn"](tiny.tiny_config(head_dim=8, rope_parameters=wanted), "cpu")
+    assert amplitude(rope) == size == pytest.approx(1 + 0.1 * math.log(2))
+    torch.testing.assert_close(frequencies(rope, 8), own, atol=0, rtol=1e-6)
+    if stock:
+        torch.testing.assert_close(model.model.rotary_emb.inv_freq, own, atol=0, rtol=1e-6)
+        assert model.model.rotary_emb.attention_scaling == size
+        served = made(base, tmp_path, {"rope_scaling": "yarn", "latent_norm": "calibrated"}, export={"target": "vllm"})
+        assert not problems(resolve(served))
 
 
 def test_a_run_goes_on_with_its_ranks(bases, tmp_path, monkeypatch):

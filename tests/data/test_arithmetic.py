@@ -85,3 +85,16 @@ def test_whole_templates_can_be_held_out():
 def test_bad_settings(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
         documents(**fields)
+
+
+def test_pairs_are_the_same_problems_with_a_calculation_gone_wrong(made):
+    """One calculation in the rejected answer is wrong, all others are right, and so is none of the final answers."""
+    for document, pair in zip(made, documents(pairs=True), strict=True):
+        assert (pair.prompt, pair.chosen) == (document.prompt, document.response)
+        *steps, last = pair.rejected.split("\n")
+        found = [CALCULATION.findall(step)[0] for step in steps]
+        wrong = [value for shown, expression, value, _ in found if eval(expression) != int(value)]
+        assert len(wrong) == 1
+        assert all(shown == expression and value == written for shown, expression, value, written in found)
+        assert last == f"#### {found[-1][2]}" != f"#### {document.meta['answer']}"
+        assert int(found[-1][2]) > 0

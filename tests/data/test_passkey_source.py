@@ -45,3 +45,18 @@ def test_texts_longer_than_a_row_are_refused():
     (problem,) = choice.config.problems(recipe([{"source": "passkey"}], seq_len=299))
     assert "300 tokens are cut by rows of data.seq_len=299" in problem.what
     assert not list(choice.config.problems(recipe([{"source": "passkey"}], seq_len=300)))
+
+
+def test_plain_rows_are_what_the_suite_asks_plainly(tmp_path):
+    """No turns, though the tokenizer has a chat template; the same tokens as a question of the suite and its answer."""
+    from adapt.data.questions import Asker
+
+    tokenizer = tiny.tiny_tokenizer()
+    assert tokenizer.chat_template
+    train = [{"source": {"name": "passkey", "length": 300, "count": 1, "prompt": "plain"}}]
+    (shards,) = prepare(recipe(train, seq_len=300, cache=str(tmp_path)), tokenizer).train
+    (document,) = source(count=1, prompt="plain").documents()
+    question = Asker(tokenizer, plain=True)(document.prompt, document.response)
+    row = shards.tokens(0, 300).tolist()
+    assert row[: len(question.prompt) + len(question.answer)] == [*question.prompt, *question.answer]
+    assert "<|im_start|>" not in tokenizer.decode(row)

@@ -112,7 +112,7 @@ def test_preference_pairs_have_a_row_for_each_sequence(folder):
     documents = unique_documents([5, 6, 3, 30, 8, 8])
     roles = [[CONTEXT, CONTEXT] + [TARGET] * (len(d) - 2) for d in documents]
     rows = Rows(make_shards(folder, documents, roles, pairs=True), 10, 0)
-    assert (rows.unit, len(rows), rows.num_too_long) == (2, 4, 1)  # the pair with 30 tokens does not fit
+    assert (rows.unit, len(rows), rows.pairs.num_too_long) == (2, 4, 1)  # the answer of 28 tokens does not fit
     assert [int(rows[i]["pair_index"]) for i in range(4)] == [0, 0, 2, 2]
     for i, document in zip(range(4), [documents[0], documents[1], documents[4], documents[5]], strict=True):
         row = rows[i]
@@ -124,6 +124,65 @@ def test_preference_pairs_have_a_row_for_each_sequence(folder):
         read = [rows.shuffled(epoch * 4 + i)[1] for i in range(4)]
         assert sorted(read) == [0, 1, 2, 3]
         assert all(read[i] % 2 == 0 and read[i + 1] == read[i] + 1 for i in (0, 2))
+
+
+def prompted(prompt: int, *answers: int) -> tuple[list, list]:
+    """Documents with the same prompt and answers of these lengths, and their roles."""
+    shared = list(range(100, 100 + prompt))
+    documents = [shared + list(range(1000 * i, 1000 * i + n)) for i, n in enumerate(answers, 1)]
+    return documents, [[CONTEXT] * prompt + [TARGET] * n for n in answers]
+
+
+@pytest.mark.parametrize("bos", [None, 100, 7])
+def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt(bos, folder):
+    """The same of both sequences, and nothing of an answer; a begin-of-text token (100, where there is one) stays."""
+    long, roles = prompted(50, 20, 9)
+    short, more = prompted(5, 6, 7)
+    shards = make_shards(folder, long + short, roles + more, pairs=True)
+    shards.manifest["bos_id"] = bos
+    rows = Rows(shards, 60, 0)
+    assert (len(rows), rows.facts) == (4, {"row_tokens": 60, "pairs_too_long": 0, "prompts_cut": 1})
+    for row, document, answer in zip((rows[0], rows[1]), long, (20, 9), strict=True):
+        kept = document[10:]
+        kept[0] = 100 if bos == 100 else kept[0]
+        size = len(kept)
+        assert row["input_ids"][:size].tolist() == kept
+        assert row["labels"][: size - answer].tolist() == [-100] * 40
+        assert row["labels"][size - answer : size].tolist() == document[-answer:]
+        assert row["position_ids"][:size].tolist() == list(range(size))
+        assert (row["role"][size:] == PAD).all()
+    assert rows[2]["input_ids"][:11].tolist() == short[0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=6),
+    st.integers(40, 80),
+)
+@settings(max_examples=30, deadline=None)
+def test_every_pair_is_whole_cut_or_counted(folder, lengths, seq_len):
+    """Answers always whole, prompts the same in both, at least 32 tokens of one that was cut, and as many as fit."""
+    documents, roles = [], []
+    for prompt, a, b in lengths:
+        more = prompted(prompt, a, b)
+        documents, roles = documents + more[0], roles + more[1]
+    expected = {}
+    for pair, (prompt, *answers) in enumerate(lengths):
+        over = max(0, prompt + max(answers) - seq_len)
+        if not over or prompt - over >= 32:
+            expected[pair] = prompt - over
+    shards = make_shards(folder, documents, roles, pairs=True)
+    if not expected:
+        with pytest.raises(UserError, match="no preference pair fits"):
+            Rows(shards, seq_len, 0)
+        return
+    rows = Rows(shards, seq_len, 0)
+    assert rows.facts["pairs_too_long"] == len(lengths) - len(expected)
+    for i in range(len(rows)):
+        row = rows[i]
+        pair = int(row["pair_index"])
+        answer = lengths[pair][1 + i % 2]
+        assert int((row["role"] == CONTEXT).sum()) == expected[pair]
+        assert row["labels"][row["role"] == TARGET].tolist() == documents[2 * pair + i % 2][-answer:]
 
 
 def test_pairs_that_all_exceed_the_row_are_refused(folder):

@@ -14,7 +14,9 @@ from adapt.config.decode import decode
 from adapt.config.schema import Data
 from adapt.data import batches
 from adapt.data.documents import BadRecord, Document
+from adapt.data.encode import Encoder
 from adapt.data.prepare import open_sources, prepare
+from adapt.data.roles import TARGET
 from adapt.errors import UserError
 from tests.data.helpers import recipe, write_jsonl
 
@@ -284,6 +286,26 @@ def test_hub_streams_a_pinned_commit(monkeypatch):
     assert isinstance(read[1], BadRecord)
     assert hub.asked == [(("org/streamed", "small"), {"split": "test", "revision": "c0ffee", "streaming": True})]
     assert (s.licence, s.label) == ("cc-by-4.0, mit", "streamed")
+
+
+def test_pairs_of_the_hub_state_their_prompt_twice_and_have_it_once(monkeypatch, tokenizer):
+    """The columns of HuggingFaceH4/ultrafeedback_binarized: the prompt, and whole conversations that begin with it."""
+    turns = [{"role": "user", "content": "Why?"}]
+    good, bad = ([*turns, {"content": x, "role": "assistant"}] for x in ("Because.", "No."))
+    row = {"prompt": "Why?", "prompt_id": "c0", "chosen": good, "rejected": bad, "messages": good, "score_chosen": 8.5}
+    system = {"role": "system", "content": "Be brief."}
+    with_system = row | {"chosen": [system, *good], "rejected": [system, *bad]}
+    FakeHub(monkeypatch, [row, with_system, row | {"prompt": turns}, row | {"rejected": bad[1:]}])
+    *read, broken = source("hub:org/pairs").documents()
+    assert isinstance(broken, BadRecord)
+    for document in read:
+        chosen, rejected = next(Encoder(tokenizer).encode([document]))
+        for text, encoded in (("Because.", chosen), ("No.", rejected)):
+            shown = tokenizer.decode(encoded.tokens)
+            assert shown.count("Why?") == shown.count(text) == 1
+            learned = [t for t, role in zip(encoded.tokens, encoded.roles, strict=True) if role == TARGET]
+            assert tokenizer.decode(learned) == f"{text}<|im_end|>"
+    assert read[0].meta["score_chosen"] == 8.5
 
 
 def test_hub_remembers_the_commit_for_machines_without_network(monkeypatch):

@@ -52,6 +52,35 @@ def measure(rank: int, world: int) -> dict[str, float]:
     results = {}
     for name, fields in SUITES.items():
         results |= decode({"name": name, **fields}, SuiteChoice).build()(context)
+    return results | compared(context, here)
+
+
+def compared(context, here) -> dict[str, float]:
+    """A student with a recurrent layer, beside its base and a window, each a root of its own."""
+    from contextlib import nullcontext
+    from dataclasses import replace
+    from functools import partial
+
+    from adapt.components import SuiteChoice
+    from adapt.config import decode
+    from adapt.config.schema import Mesh
+    from adapt.distributed.shard import make_mesh, shard
+    from adapt.models import attention
+    from adapt.train.root import Frozen, Root, look, look_at
+    from tests.models.linear import student
+
+    root = Root(attention.use(student(layers=(0,)))).eval()
+    frozen = Frozen(attention.use(tiny.tiny_model(dtype=torch.float64)))
+    if here.size > 1:
+        shard(root, [root.student], make_mesh(here, Mesh()), torch.float64)
+        shard(frozen, [frozen.model], make_mesh(here, Mesh()), torch.float64)
+    context = replace(context, call=partial(look, root), base=lambda: nullcontext(partial(look_at, frozen)))
+    fields = {"lengths": (250, 280, 300), "depths": 1, "trials": 1, "compare": ("teacher", "window")}
+    results = decode({"name": "passkey", **fields}, SuiteChoice).build()(context)
+    small = {"lengths": (250,), "depths": 1, "trials": 1}
+    for suite in ({"name": "ablation", **small}, {"name": "half_lives"}, {"name": "bpb"}):
+        results |= decode(suite, SuiteChoice).build()(context)
+    assert results["bpb/text"] == results["ablation/whole/bpb/text"], "every part is back in its place"
     return results
 
 
@@ -59,7 +88,7 @@ SUITES = {
     "bpb": {},
     "masked_ce": {"t": (0.5, 1.0)},
     "tokens_per_forward": {"thresholds": (0.9, 0.05), "num_prompts": 3, "prompt_tokens": 8, "new_tokens": 9},
-    "passkey": {"lengths": (250, 400, 280), "depths": 1, "trials": 1},
+    "passkey": {"lengths": (260, 400, 290), "depths": 1, "trials": 1},
     "niah": {"lengths": (400,), "depths": 3, "trials": 1, "new_tokens": 5},
     "exact_match": {"source": {"name": "arithmetic", "count": 3}, "max_new_tokens": 4},
 }

@@ -215,9 +215,31 @@ def test_frequencies_are_those_of_transformers(rope):
     torch.testing.assert_close(frequencies({"rope_theta": 500000.0, **rope}, 32), wanted, atol=0, rtol=1e-5)
 
 
-def test_yarn_is_refused():
-    with pytest.raises(ValueError, match="yarn"):
-        frequencies({"rope_type": "yarn", "rope_theta": 1e4}, 8)
+YARN = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("over", [{}, {"mscale": 1.0, "mscale_all_dim": 0.0}, {"mscale": 0.7, "mscale_all_dim": 1.2}])
+def test_yarn_is_that_of_the_stock_class(over):
+    """Frequencies, the size of cos and sin, and the softmax scale: the layer is transformers' DeepseekV3Attention."""
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+    made, x = layer(replace(SPEC, rope=YARN | over)), states(2, 9)
+    config = AutoConfig.for_model(
+        "deepseek_v3", hidden_size=32, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=None,
+        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=131072, rope_parameters=YARN | over,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    stock = DeepseekV3Attention(config, 0).double().eval()
+    stock.load_state_dict(made.state_dict())
+    place = torch.tensor([[0, 1, 2, 3, 50, 51, 3000, 9000, 90000]]).expand(2, -1)
+    theirs = stock(x, DeepseekV3RotaryEmbedding(config)(x, place), None)[0]
+    torch.testing.assert_close(made(x, place)[0], theirs, atol=1e-6, rtol=0)
+
+
+def test_an_unknown_rope_is_refused():
+    with pytest.raises(ValueError, match="dynamic"):
+        frequencies({"rope_type": "dynamic", "rope_theta": 1e4}, 8)
 
 
 def test_modules_have_deepseeks_shapes(spec):

@@ -39,6 +39,7 @@ def make_run(folder, name, steps=20, whole=True):
     if steps > 5:
         lines[5]["loss"] = None  # a loss that was not finite
     lines += [{"step": s, "stage": 0, "eval/bpb/held-out": 1.5 - s / 80} for s in (5, 10, 15, steps)]
+    lines[-1] |= {f"eval/ablation/{part}/bpb/{EVIL}": 1.25 for part in ("whole", "recurrent", EVIL)}
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '[]\n7\n{"step": 21, "lo')
     sample = {"prompt": EVIL, "sampler": "ar", "text": "ab", "tokens_per_forward": 1.0, "forwards": 2}
     (run / "samples.json").write_text(json.dumps([sample | {"reveal": [[EVIL, 0], ["b", 3]]}, {"text": EVIL}]))
@@ -50,6 +51,15 @@ def make_run(folder, name, steps=20, whole=True):
     )
     grid = {"suite": "passkey", "rows": ["256", "512"], "columns": ["0-50", EVIL], "trials": 9}
     grids = [{"step": s, **grid, "cells": [[0.0, s / 40], [0.125, None]]} for s in (0, 10, steps)]
+    positions = {
+        "step": 0,
+        "suite": "nll_by_position",
+        "unit": "nats per token",
+        "rows": [EVIL],
+        "columns": ["0-8", EVIL],
+    }
+    grids += [positions | {"model": model, "cells": [[2.0, 1.0]], "trials": 3} for model in ("", EVIL)]
+    grids += [{**grid, "step": 0, "suite": "half_lives", "unit": "% of channels", "cells": [[0.5, 0.5], [None, 1.0]]}]
     (run / "grids.jsonl").write_text("".join(json.dumps(x) + "\n" for x in grids) + '{"step": 5, "rows": 3}\n{"st')
     (run / "environment.json").write_text(json.dumps({"hardware": {"cores": 2, "cpu": "a CPU", "gpus": []}}))
     return run

@@ -135,8 +135,8 @@ def test_two_stages_resume_inside_the_second(dropout_base, tmp_path, monkeypatch
     assert_same_run(runs / "straight", runs / "broken")
 
 
-@pytest.mark.parametrize(("tied", "packing"), [(True, "windows"), (False, "best_fit")])
-def test_two_ranks_equal_one_and_resume_on_one(tied, packing, tmp_path):
+@pytest.mark.parametrize(("tied", "packing", "offload"), [(True, "windows", False), (False, "best_fit", True)])
+def test_two_ranks_equal_one_and_resume_on_one(tied, packing, offload, tmp_path):
     """FSDP2 on two gloo processes: the same trajectory as one process within float32 noise, although rows with padding
     give the ranks different numbers of targets; a run stopped on two ranks goes on on one."""
     base = tiny.save_tiny(tmp_path / "base", tie_word_embeddings=tied)
@@ -144,7 +144,7 @@ def test_two_ranks_equal_one_and_resume_on_one(tied, packing, tmp_path):
     assert launch(one, tmp_path).returncode == 0
     two = tiny_recipe(base, tmp_path, run={"name": "two"}, trainer={"devices": 2, "steps": 6})
     two["data"] |= {"packing": packing}
-    two["trainer"] |= {"max_time": None, "microbatch": 1}
+    two["trainer"] |= {"max_time": None, "microbatch": 1, "mesh": {"offload": offload}}
     done = launch(two, tmp_path)
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "runs"
@@ -156,7 +156,7 @@ def test_two_ranks_equal_one_and_resume_on_one(tied, packing, tmp_path):
     stopped = two | {"run": {**two["run"], "name": "moved"}}
     stopped["trainer"] = {**two["trainer"], "max_time": "00:00:00"}
     assert launch(stopped, tmp_path).returncode == 75
-    stopped["trainer"] = {**two["trainer"], "devices": 1, "max_time": None}
+    stopped["trainer"] = {**two["trainer"], "devices": 1, "max_time": None, "mesh": {}}
     moved = launch(stopped, tmp_path, "--resume")
     assert moved.returncode == 0, moved.stderr
     c = losses(runs / "moved")
@@ -279,11 +279,12 @@ def test_lora_trains_few_parameters_and_exports_merged(tiny_base, tmp_path):
     assert not any("lora" in n or "base_layer" in n for n in names)
 
 
-def test_activation_checkpointing_changes_no_loss(tiny_base, tmp_path):
+@pytest.mark.parametrize("policy", [True, "selective", "offload"])
+def test_activation_checkpointing_changes_no_loss(policy, tiny_base, tmp_path):
     """Configurations that must give the same trajectory, through the real run."""
     plain = tiny_recipe(tiny_base, tmp_path, run={"name": "plain"})
     again = tiny_recipe(tiny_base, tmp_path, run={"name": "again"})
-    again["trainer"] |= {"activation_checkpointing": True, "microbatch": 4}
+    again["trainer"] |= {"activation_checkpointing": policy, "microbatch": 4}
     for recipe in (plain, again):
         recipe["evaluation"] = {}
         fit(resolve(recipe))

@@ -74,7 +74,7 @@ def test_each_stage_trains_what_it_should_and_logs_it(base, run):
     assert first[0]["loss/log2_half_life/00"] == pytest.approx(4, abs=0.1)  # exp(-ln2 / 16) a token
     assert first[0]["loss/log2_half_life/02"] == pytest.approx(9.97, abs=0.1)  # a thousand tokens
     report = (run / "report.html").read_text()
-    assert "relative error of the heads" in report
+    assert "relative error of the token mixer" in report
     assert "half-life of the state" in report
     assert first[-1]["loss/relative_error"] < first[0]["loss/relative_error"]
     assert len([line for line in lines if "loss/kl" in line]) == 3

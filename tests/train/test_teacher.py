@@ -104,8 +104,8 @@ def test_the_teacher_never_changes_and_is_in_no_checkpoint(conversions, tiny_bas
     from adapt.train import fit as module
 
     kept = []
-    original = module._Run._finish
-    monkeypatch.setattr(module._Run, "_finish", lambda self, recipe: kept.append(self.root) or original(self, recipe))
+    original = module.finish
+    monkeypatch.setattr(module, "finish", lambda run, recipe: kept.append(run.root) or original(run, recipe))
     recipe = dap(tiny_base, tmp_path, model={"conversions": conversions})
     fit(resolve(recipe))
     (root,) = kept

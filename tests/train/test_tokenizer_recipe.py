@@ -104,6 +104,6 @@ def test_problems_of_the_tokenizer_recipe_are_problems_of_the_run(recipe, tmp_pa
 
 def test_a_tokenizer_that_cannot_be_built_stops_the_run_before_weights(recipe, tmp_path, monkeypatch):
     (tmp_path / "pt.txt").write_text("")
-    monkeypatch.setattr("adapt.train.fit.build_student", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("adapt.train.fit.build_root", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="tokenizer.recipe"):
         fit(resolve(recipe))

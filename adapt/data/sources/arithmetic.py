@@ -1,4 +1,7 @@
-"""Made-up word problems with worked answers in GSM8K's form; every one is a function of the seed and its number."""
+"""Made-up word problems with worked answers in GSM8K's form; every one is a function of the seed and its number.
+
+As preference pairs, the rejected answer is the right one with a calculation gone wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ class ArithmeticConfig:
     """Seeds what is drawn, not what is held out."""
     held_out: float = 0.1
     """Fraction of the possible numbers of every template that is held out, by a hash of template and numbers."""
+    pairs: bool = False
+    """Preference pairs: the worked answer (chosen), and the same with one calculation wrong and what follows from that."""
     held_out_templates: int = 0
     """Hold out this many whole templates (the last ones) instead: the held-out problems are of kinds never seen."""
 
@@ -55,7 +60,7 @@ class ArithmeticSource:
         return hashlib.sha256(repr((VERSION, self.config)).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        from adapt.data.word_problems import TEMPLATES, is_held_out, problem
+        from adapt.data.word_problems import TEMPLATES, is_held_out, problem, slipped
 
         config, held_out = self.config, self.config.split == "held-out"
         seen = len(TEMPLATES) - config.held_out_templates
@@ -67,12 +72,12 @@ class ArithmeticSource:
             while not whole and is_held_out(found, config.held_out) != held_out:
                 found = problem(rng, templates)
             facts = {"part": f"template {found.template}", "answer": found.answer}
-            yield Document(
-                id=f"arithmetic:{config.split}:{number}",
-                prompt=f"{found.question}\n",
-                response=found.solution,
-                meta=facts,
-            )
+            if config.pairs:
+                answers = {"chosen": found.solution, "rejected": slipped(rng, found)}
+            else:
+                answers = {"response": found.solution}
+            identity = f"arithmetic:{config.split}:{number}"
+            yield Document(id=identity, prompt=f"{found.question}\n", **answers, meta=facts)
 
 
 @sources.register("arithmetic")

@@ -22,6 +22,9 @@ class PasskeyConfig:
     """Documents."""
     split: Literal["train", "held-out"] = "train"
     """Half of the five-digit numbers that keys are taken from; the suite's are of the held-out half."""
+    prompt: Literal["chat", "plain"] = "chat"
+    """`chat`: a user's turn and an answer, where the tokenizer has a chat template. `plain`: text to go on with; the suite
+    asks so with its own `prompt: plain`."""
     seed: int = 0
     """Seeds keys and depths."""
 
@@ -62,7 +65,8 @@ class PasskeySource:
 
         if self.tokenizer is None:
             raise RuntimeError("passkey texts have a length in tokens: use_tokenizer() comes first")
-        asker, config = Asker(self.tokenizer), self.config
+        config, plain = self.config, self.config.prompt == "plain"
+        asker = Asker(self.tokenizer, plain=plain)
         generate = Passkeys(asker.count)
         for number in range(config.count):
             rng = trial_rng(config.seed, SALT, config.split == "train", config.length, number)
@@ -70,7 +74,8 @@ class PasskeySource:
             answer = as_answer(str(key), asker.chat)
             trial = generate(config.length, depth, key, answer)
             facts = {"part": f"{config.length} tokens", "key": key, "depth": depth}
-            yield Document(id=f"passkey:{config.split}:{number}", prompt=trial.prompt, response=answer, meta=facts)
+            name = f"passkey:{config.split}:{number}"
+            yield Document(id=name, prompt=trial.prompt, response=answer, plain=plain, meta=facts)
 
 
 @sources.register("passkey")

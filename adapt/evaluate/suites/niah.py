@@ -4,6 +4,9 @@
     niah_<task>                mean over the lengths
     niah_nll/<task>/<length>   nats per token of the value, right after the prompt
 
+and of each model to `compare` with, measured once: niah_<task>_teacher/<length>, niah_nll_window/<task>/<length>, and so on
+(adapt/evaluate/others.py).
+
 Task 1 hides a 7-digit number in noise (five sentences, over and over, one per line), 2 hides it in essays, 3 hides a UUID
 in essays. RULER's essays are a third party's and do not ship: `essays` names a source of long texts, by default the
 recipe's held-out data. The length is that of the prompt and the tokens decoded after it. The report draws length x depth.
@@ -18,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapt.components import SourceChoice, suites
 from adapt.errors import Problem, UserError
 from adapt.evaluate.context import EvalContext
+from adapt.evaluate.others import Other, compare_problems, others
 from adapt.evaluate.sources import open_source, source_problems
-from adapt.evaluate.suites.passkey import check_grid, grid_of, length_problems
+from adapt.evaluate.suites.passkey import Cells, by_length, check_grid, grid_of, length_problems
 
 if TYPE_CHECKING:
     from adapt.data.questions import Question
@@ -38,12 +42,16 @@ class NiahConfig:
     """Long texts to hide needles in, for tasks 2 and 3; null takes the recipe's held-out data (`data.eval`)."""
     lengths: tuple[int, ...] = (512, 1024)
     """Tokens of a prompt and of what is decoded after it."""
-    depths: int = 10
-    """Equal parts of the text; in noise a needle stands anywhere in its part, in essays at one of 40 percentiles."""
-    trials: int = 20
-    """Texts of each length and depth."""
+    depths: int = 5
+    """Equal parts of the text; in noise a needle stands anywhere in its part, in essays at one of 40 percentiles. 10 is the
+    full grid."""
+    trials: int = 4
+    """Texts of each length and depth. 20 is the full grid."""
     new_tokens: int = 128
     """Tokens decoded per text; the value may stand anywhere in them."""
+    compare: tuple[Other, ...] = ()
+    """Models measured beside the student: `teacher`, the base before conversions; `window`, the same with no more memory
+    than the student's recurrent state."""
 
     def __post_init__(self) -> None:
         check_grid(self)
@@ -52,8 +60,10 @@ class NiahConfig:
     def problems(self, recipe) -> Iterator[Problem]:
         yield from length_problems("niah", self.lengths, recipe)
         yield from essay_problems("niah", self.task != 1, self.essays, recipe)
+        yield from compare_problems("niah", self.compare, recipe)
 
     def metrics(self, recipe, datasets: list[str]) -> list[str]:
+        """The student's: what is measured once is nothing for rules."""
         kinds = (f"niah_{self.task}", f"niah_nll/{self.task}")
         return [m for kind in kinds for m in (*(f"{kind}/{n}" for n in self.lengths), kind)]
 
@@ -65,8 +75,15 @@ class Niah:
         self.config = config
 
     def __call__(self, context: EvalContext) -> dict[str, float]:
+        trials, questions, cells = self.ask(context)
+        results = self.measure(context, trials, questions, cells)
+        for name, title, other in others(context, self.config.compare, repr(self.config)):
+            results |= self.measure(other, trials, questions, cells, f"_{name}", title)
+        return results
+
+    def ask(self, context: EvalContext) -> tuple[list[Any], list[Question], Cells]:
+        """The same for all models."""
         from adapt.data.needles import Haystack, as_answer, draw_needles, trial_rng
-        from adapt.evaluate.answers import answer_nats, mean
 
         config, kind = self.config, VALUES[self.config.task]
         haystack = Haystack.noise() if config.task == 1 else Haystack.essays(essay_text(config.essays, context))
@@ -81,15 +98,27 @@ class Niah:
                     cells.append((length, part))
                     trials.append(trial)
                     questions.append(writer.asker(trial.prompt, as_answer(trial.answers[0], writer.asker.chat)))
+        return trials, questions, cells
+
+    def measure(
+        self,
+        context: EvalContext,
+        trials: list[Any],
+        questions: list[Question],
+        cells: Cells,
+        suffix: str = "",
+        model: str = "",
+    ) -> dict[str, float]:
+        from adapt.evaluate.answers import answer_nats
+
+        config = self.config
         texts = decoded_texts(context, questions, config.new_tokens)
         found = [float(t.answers[0] in text) for t, text in zip(trials, texts, strict=True)]
         nats = [n / len(q.answer) for n, q in zip(answer_nats(context, questions), questions, strict=True)]
-        context.keep(grid_of(f"niah_{config.task}", config, cells, found))
-        results = {}
-        for what, values in ((f"niah_{config.task}", found), (f"niah_nll/{config.task}", nats)):
-            by_length = {n: mean(v for v, (m, _) in zip(values, cells, strict=True) if m == n) for n in config.lengths}
-            results |= {f"{what}/{n}": value for n, value in by_length.items()} | {what: mean(by_length.values())}
-        return results
+        context.keep(grid_of(f"niah_{config.task}", config, cells, found, model))
+        return by_length(f"niah_{config.task}{suffix}", found, cells) | by_length(
+            f"niah_nll{suffix}/{config.task}", nats, cells
+        )
 
 
 @suites.register("niah")

@@ -74,6 +74,11 @@ def _dropped(manifest: dict[str, Any]) -> str:
         for why, count in (step.get("dropped") or {}).items()
         if count
     ]
+    for key, why in (
+        ("pairs_too_long", "pairs longer than a row"),
+        ("prompts_cut", "pairs without their prompt's beginning"),
+    ):
+        found += [f"{manifest[key]:,} {why}"] if manifest.get(key) else []
     return _text(", ".join(found))
 
 

@@ -1,4 +1,5 @@
-"""What was found where: grids of suites that go over lengths and depths, before and after, side by side."""
+"""What was found where: grids of suites that go over lengths and depths. Side by side stand the models that the student is
+compared with, and the student before and after."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from adapt.report.figure import QUIET, inline
 
 COLOURS = "cividis"
 """From dark blue (0 %) to yellow (100 %), read alike by the colour-blind."""
+UNIT = "% right"
+"""Of grids that are drawn here."""
 PALE = 0.5
 """Fraction from which a cell is so light that its number is dark."""
 
@@ -42,41 +45,46 @@ def _dot(run: RunData, many: bool) -> str:
     return f'<span class="dot" style="background:{run.colour}"></span>{escape(run.name)}: ' if many else ""
 
 
-def _panels(run: RunData) -> list[tuple[str, Any, list[dict[str, Any]]]]:
-    """(suite, trials, first and last grid) of every suite; of a grid whose shape changed on the way only the last."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def _panels(run: RunData) -> list[tuple[str, Any, list[tuple[str, dict[str, Any]]]]]:
+    """(suite, trials, titled grids) of every suite: the last of each other model, the first and the last of the student;
+    whatever has not the shape of the student's last is left out."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for grid in run.grids:
-        if _whole(grid):
-            found.setdefault(grid["suite"], []).append(grid)
+        if whole(grid) and grid.get("unit", UNIT) == UNIT:
+            found.setdefault(grid["suite"], {}).setdefault(str(grid.get("model") or ""), []).append(grid)
     panels = []
-    for suite, grids in found.items():
-        first, last = grids[0], grids[-1]
-        alike = all(first[key] == last[key] for key in ("rows", "columns"))
-        shown = [first, last] if last is not first and alike else [last]
-        panels.append((suite, last.get("trials", ""), shown))
+    for suite, by_model in found.items():
+        own = by_model.pop("", [])
+        measured = own[-1] if own else next(iter(by_model.values()))[-1]
+        shown = [(model, grids[-1]) for model, grids in by_model.items()]
+        student = "student, " if shown else ""
+        shown += [(f"{student}step {grid['step']:,}", grid) for grid in (own if len(own) < 2 else [own[0], own[-1]])]
+        alike = [(title, g) for title, g in shown if all(g[key] == measured[key] for key in ("rows", "columns"))]
+        panels.append((suite, measured.get("trials", ""), alike))
     return panels
 
 
-def _whole(grid: dict[str, Any]) -> bool:
+def whole(grid: dict[str, Any]) -> bool:
     rows, columns, cells = (grid.get(key) for key in ("rows", "columns", "cells"))
     if not (isinstance(grid.get("suite"), str) and all(isinstance(x, list) and x for x in (rows, columns, cells))):
         return False
     return len(cells) == len(rows) and all(isinstance(r, list) and len(r) == len(columns) for r in cells)
 
 
-def _plot(suite: str, panels: list[dict[str, Any]]) -> str:
+def _plot(suite: str, panels: list[tuple[str, dict[str, Any]]]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows, columns = panels[0]["rows"], panels[0]["columns"]
+    rows, columns = panels[0][1]["rows"], panels[0][1]["columns"]
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
-        size = (max(3.6, 0.42 * len(columns) + 0.9) * len(panels), 0.3 * len(rows) + 1.1)
+        size = (max(2.7, 0.42 * len(columns) + 0.9) * max(2, len(panels)), 0.3 * len(rows) + 1.1)
         figure = Figure(figsize=size, layout="constrained")
-        for axes, grid in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        many = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, grid) in zip(many, panels, strict=True):
             _draw(axes, grid)
-            axes.set_title(f"step {grid['step']:,}", fontsize=9, color=QUIET)
+            axes.set_title(title, fontsize=9, color=QUIET)
             axes.set_xlabel(str(grid.get("column_title", "")), fontsize=8, color=QUIET)
-        figure.axes[0].set_ylabel(str(panels[0].get("row_title", "")), fontsize=8, color=QUIET)
+        figure.axes[0].set_ylabel(str(panels[0][1].get("row_title", "")), fontsize=8, color=QUIET)
         return inline(figure, f"{suite} by length and depth")
 
 
