@@ -50,8 +50,8 @@ class AttentionTransferConfig:
 
 
 class AttentionTransfer(Stateless):
-    inside_layers = True
-    """No gradient leaves a layer (adapt.plan.work)."""
+    inside_layers = "created"
+    """No gradient leaves what conversions created (adapt.plan.work)."""
     scored = 0.0
     """Rows of logits for each token (adapt.plan.work)."""
 

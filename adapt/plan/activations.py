@@ -1,6 +1,6 @@
 """What autograd keeps of a token between forward and backward, in bytes, layer by layer.
 
-Read off the modules and checked against torch's memory tracker (tests/plan/test_verify.py). c is the size of an element
+Read off the modules and checked against torch's memory tracker (tests/plan/test_memory.py). c is the size of an element
 in the compute dtype; norms compute in float32. A linear layer keeps its input for its weight's gradient alone, and what
 several of them read is kept once.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from adapt.plan.model import Group, PlannedModel
-from adapt.plan.shapes import latent_sizes
+from adapt.plan.shapes import Weight, latent_sizes
 
 Learns = Callable[[str], bool]
 """Whether a gradient of any weight of the module (of its adapters, too) is wanted, by its name in the layer."""
@@ -26,7 +26,7 @@ def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> fl
     def learns(module: str) -> bool:
         return any(f".{module}." in name for name in learning)
 
-    if model.inside:
+    if model.inside == "created":
         return _recurrence(model, group, c) if group.layer in model.backward else 0.0
     read = any(map(learns, ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")))
     total = norm_bytes(s.D, c, learns("input_layernorm"), read)
@@ -36,6 +36,8 @@ def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> fl
         total += _attention(model, c, learns, tiled)
     else:
         total += _recurrence(model, group, c)
+    if model.inside == "mixer":  # the MLP's is let go as soon as the layer is done
+        return total + _adapters(group, c)
     total += norm_bytes(s.D, c, learns("post_attention_layernorm"), learns("gate_proj") or learns("up_proj"))
     total += 3 * c * s.I + (c * s.I if learns("down_proj") else 0)  # gate, silu(gate), up; their product
     return total + _adapters(group, c)
@@ -83,6 +85,20 @@ def _recurrence(model: PlannedModel, group: Group, c: int) -> float:
     scores = 2 * 4 * s.H * options.get("chunk", 64)  # of a token with those of its chunk
     learns = any(w.created and model.learns(w) for w in group.weights)
     return 4 * SAVED_BY_RECURRENCE[mixer][learns] * s.H * s.d + scores + c * (s.H + 2 * s.G) * s.d
+
+
+def selective_bytes(model: PlannedModel, group: Group, c: int) -> float:
+    """What `activation_checkpointing: selective` keeps of one token in one layer besides its input: what attention returns,
+    and every second product with a weight, in their order (adapt.train.recompute). Recurrences are counted whole."""
+    s, mixer = model.dims, model.mixers[group.layer]
+    total = c * sum(w.shape[0] for w in kept_products(group))
+    if mixer == "latent":
+        return total + c * s.H * latent_sizes(model.config, group.layer)["v_dim"] + 4 * s.H
+    return total + (c * s.H * s.d + 4 * s.H if mixer == "attention" else _recurrence(model, group, c))
+
+
+def kept_products(group: Group) -> list[Weight]:
+    return [w for w in group.weights if w.linear][::2]
 
 
 def _adapters(group: Group, c: int) -> float:

@@ -14,7 +14,7 @@ ENOUGH = 8
 
 
 def warnings(plan: StagePlan) -> list[str]:
-    return [*_batch(plan), *_memory(plan), *_network(plan), *_optimizer(plan)]
+    return [*_batch(plan), *_memory(plan), *_network(plan), *_host(plan), *_optimizer(plan)]
 
 
 def _batch(plan: StagePlan) -> Iterator[str]:
@@ -50,15 +50,21 @@ def _remedies(plan: StagePlan) -> Iterator[str]:
 
     if plan.rows > 1 and (took := helps(plan)):
         yield f"trainer.microbatch=auto: {took}"
-    if not plan.recipe.trainer.activation_checkpointing and (
-        took := helps(plan.changed(activation_checkpointing=True))
-    ):
-        yield f"trainer.activation_checkpointing=true: {took}"
-    if plan.grid.replicas > 1 and (took := helps(plan.changed(mesh=Mesh()))):
+    had = plan.recipe.trainer.activation_checkpointing
+    for policy in ([] if had else ["selective", True]) + ([] if had == "offload" else ["offload"]):
+        if took := helps(plan.changed(activation_checkpointing=policy)):
+            yield f"trainer.activation_checkpointing={str(policy).lower()}: {took}"
+            break
+    mesh = plan.recipe.trainer.mesh
+    if not mesh.offload and (took := helps(plan.changed(mesh=dataclasses.replace(mesh, offload=True)))):
+        yield f"trainer.mesh.offload=true (weights and the optimizer's state in the host's memory): {took}"
+    if plan.grid.replicas > 1 and (took := helps(plan.changed(mesh=Mesh(offload=mesh.offload)))):
         yield f"trainer.mesh.replicate=1 (one copy of the model over all ranks): {took}"
     more = 2
     while more <= ENOUGH:
-        wider = plan.changed(dataclasses.replace(plan.cluster, gpus=plan.cluster.gpus * more), mesh=Mesh())
+        wider = plan.changed(
+            dataclasses.replace(plan.cluster, gpus=plan.cluster.gpus * more), mesh=Mesh(offload=mesh.offload)
+        )
         if took := helps(wider):
             yield f"{wider.cluster.gpus} GPUs, the model sharded over all of them: {took}"
             return
@@ -78,6 +84,14 @@ def _network(plan: StagePlan) -> Iterator[str]:
             yield f"  {mesh} (a copy in each node): {other.tokens_per_second:,.0f} tokens/s"
     if plan.microbatches > 1:
         yield f"  every one of the {plan.microbatches} microbatches gathers the model: larger ones gather it less often"
+
+
+def _host(plan: StagePlan) -> Iterator[str]:
+    node = plan.cluster.per_node
+    if held := plan.host_bytes + plan.kept_away:
+        yield f"{held * node / GIB:,.0f} GiB of the host's memory in each node, for {node} GPU(s)"
+    if plan.setup.offload:
+        yield "the optimizer's step runs on the host's processors, and its time is not in the plan"
 
 
 def _optimizer(plan: StagePlan) -> Iterator[str]:

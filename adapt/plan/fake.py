@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from adapt.config.schema import Recipe
 from adapt.data.batch import TARGET, Batch
@@ -29,6 +30,7 @@ from adapt.errors import UserError
 from adapt.models import attention
 from adapt.objectives.base import Facts
 from adapt.optim.state_bytes import plain_tensors
+from adapt.train.recompute import checkpoint_layers
 from adapt.train.root import Frozen, Root
 from adapt.train.trainable import select
 
@@ -38,6 +40,7 @@ COUNTED = {
     torch.ops.c10d.allreduce_.default: ("all_reduce", 0),
 }
 """Collective -> its name, and which argument is the full buffer."""
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Seen:
     state: int
     """Bytes of the optimizer's state on rank 0."""
     parameters: int
+    flops: int
+    """Of matrix products, forward and backward; those inside attention's and the cross-entropy's own are not among them."""
 
 
 class Counted(TorchDispatchMode):
@@ -58,6 +63,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in COUNTED:
@@ -65,7 +71,10 @@ class Counted(TorchDispatchMode):
             buffers = args[place] if isinstance(args[place], list | tuple) else [args[place]]
             self.counts[name] += 1
             self.bytes[name] += sum(b.numel() * b.element_size() for b in buffers)
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if func._overloadpacket in PRODUCTS:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 @contextmanager
@@ -85,11 +94,10 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
     mesh = make_mesh(world, recipe.trainer.mesh)  # before any fake tensor: it reads a tensor of ranks
     root = Root(_on_meta(config, recipe.model.dtype, recipe))
     student = root.student
-    if recipe.trainer.activation_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(student, recipe.trainer.activation_checkpointing)
     student.config.use_cache = False
     created = _created(student)
-    shard(root, [student], mesh, compute)
+    shard(root, [student], mesh, compute)  # all of it on the CPU already, where `offload` takes it
     chosen = select([n for n, _ in student.named_parameters()], recipe.trainable, created)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -99,6 +107,8 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         root.teach(frozen)
     state = _state_bytes(recipe.optimizer.build(student))  # on the meta device, of this rank's shards
     objective = recipe.objective.build(_facts(recipe, student))
+    if recipe.objective.declares("compares_with_start"):
+        objective.remember(lambda batch: torch.zeros(batch.num_rows, dtype=torch.float64))
     prepared = objective.prepare(whole_rows(recipe, config, rows), seed=recipe.run.seed, step=objective.largest_step())
     width = prepared.inputs["input_ids"].shape[1]
     counted = Counted()
@@ -107,13 +117,20 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
         inputs = _faked(prepared.inputs, fake)
+        if recipe.objective.declares(
+            "inside_layers"
+        ):  # the tracker asks for the buffers of layers that nobody calls, too
+            for layer in student.get_decoder().layers:
+                layer.unshard()
+                layer.reshard()
         tracker = FSDPMemTracker(root.train())
         with tracker, counted:
             found = root(objective, inputs)
             sum(prepared.terms[n].weight * found[n] for n in prepared.terms).backward()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     parameters = sum(p.numel() for p in student.parameters())
-    return Seen(dict(counted.counts), dict(counted.bytes), {str(k): int(v) for k, v in peak.items()}, state, parameters)
+    memory = {str(k): int(v) for k, v in peak.items()}
+    return Seen(dict(counted.counts), dict(counted.bytes), memory, state, parameters, counted.flops)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -149,7 +166,7 @@ def _created(student: Any) -> set[str]:
 
 
 def _facts(recipe: Recipe, student: Any) -> Facts:
-    from adapt.conversion.mixers import learning_layers
+    from adapt.conversion.mixers import converted_layers, learning_layers
     from adapt.train.mixing import total_steps
 
     mask = getattr(student.config, "mask_token_id", None)
@@ -157,6 +174,7 @@ def _facts(recipe: Recipe, student: Any) -> Facts:
         mask_token_id=student.config.vocab_size - 1 if mask is None else mask,  # the tokenizer may be out of reach
         replay=frozenset({0}) if any(d.replay for d in recipe.data.train) else frozenset(),
         learning=learning_layers(student),
+        converted=converted_layers(student),
         total_steps=total_steps(recipe),
     )
 

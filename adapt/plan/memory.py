@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapt.plan.activations import layer_bytes, norm_bytes
+from adapt.plan.activations import layer_bytes, norm_bytes, selective_bytes
 from adapt.plan.cluster import Grid
 from adapt.plan.model import Group, PlannedModel
 from adapt.plan.optimizer import OptimizerPlan
 from adapt.plan.traffic import REDUCED, local, padded
 from adapt.plan.work import Work
+from adapt.train.recompute import Policy
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Rows of logits at one time (adapt.losses.linear_cross_entropy)."""
@@ -37,7 +38,9 @@ class Setup:
     """Bytes of an element in the compute dtype."""
     device: str
     """`cuda` or `cpu`: how attention and loss run."""
-    checkpointing: bool
+    checkpointing: Policy
+    offload: bool = False
+    """Shards, their gradients and the optimizer's state are in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ def moments(
     accumulated: bool = True,
 ) -> list[Moment]:
     """Of a step with microbatches of `rows` rows; `accumulated`: the gradients of one before are there already."""
-    ended = _held(student, teacher, optimizer, setup)
+    ended = held_bytes(student, teacher, optimizer, setup)
+    if setup.offload:  # weights visit the GPU, and gradients leave it as they come
+        ended = {}
     held = ended if accumulated else ended | {"gradients": 0.0}
     c, tokens = setup.compute, rows * work.read
     activations = kept(student, work, setup, rows)
@@ -94,11 +99,12 @@ def moments(
     last = of_layers + (full if setup.checkpointing else 0.0)
     found.append(Moment("last layer", held | passing | {"activations": last}))
     reduced = sum(_gradients(student, g, setup) for g in student.layers[REDUCING:])
-    there = held["gradients"] if accumulated else reduced
+    there = held.get("gradients", 0.0) if accumulated or setup.offload else reduced
     found.append(Moment("first layer", held | {"gradients": there} | passing | {"activations": own}))
     ends = sum(padded(w, setup.grid) for w in student.learning(student.root))
     found.append(Moment("root", ended | {"whole weights": next_one, "whole gradients": (c + REDUCED) * ends}))
-    found.append(Moment("optimizer", ended | {"working memory": float(optimizer.step_buffers)}))
+    if not setup.offload:
+        found.append(Moment("optimizer", ended | {"working memory": float(optimizer.step_buffers)}))
     return found
 
 
@@ -111,10 +117,10 @@ def _gradients(student: PlannedModel, group: Group, setup: Setup) -> float:
     return float(sum(local([w], setup.grid) * student.bytes_each(w) for w in student.learning(group)))
 
 
-def _held(
+def held_bytes(
     student: PlannedModel, teacher: PlannedModel | None, optimizer: OptimizerPlan, setup: Setup
 ) -> dict[str, float]:
-    """What a rank always has while it trains: its shards."""
+    """What a rank always has while it trains, on its GPU or its host: its shards."""
     grid = setup.grid
     found = {
         "weights": float(sum(local([w], grid) * student.bytes_each(w) for w in student.weights)),
@@ -132,13 +138,18 @@ def kept(student: PlannedModel, work: Work, setup: Setup, rows: int, *, layers_o
     c, s = setup.compute, student.dims
     tokens = rows * work.read
     if setup.checkpointing:
-        layers = c * s.D * len(student.backward)
+        away = setup.checkpointing == "offload" and setup.device != "cpu"
+        layers = 0.0 if away else float(c * s.D * len(student.backward))
+        if setup.checkpointing == "selective":
+            layers += sum(selective_bytes(student, g, c) for g in student.layers if g.layer in student.backward)
     else:
         layers = sum(
             layer_bytes(student, g, c, tiled=setup.device == "cpu")
             for g in student.layers
             if g.layer in student.backward
         )
+    if student.inside in ("mixer", "block"):  # differences from the teacher's states, in float32
+        layers += 4 * s.D * len(student.backward) * (2 if student.inside == "block" else 1)
     if student.inside or layers_only:
         return layers * tokens
     last = norm_bytes(s.D, c, any("norm" in w.name for w in student.learning(student.root)), True) + c * s.D
@@ -162,7 +173,9 @@ def loss_bytes(
     each = c * matrix
     summed = 0.0 if work.heads == 1 else each * (work.heads - (c == 2))  # float32: what they add up to, beside them
     entropy, divergence = 0.0, 0.0
-    if work.heads > work.divergence:
+    if work.logits_twice:
+        entropy = 2 * 4 * chunk * s.V + 4 * matrix
+    elif work.heads > work.divergence:
         entropy = 4 * chunk * s.V
         if c == 2:
             entropy += 2 * chunk * s.V  # logits once more, in the compute dtype

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from adapt.config.schema import Recipe
 from adapt.plan.shapes import RECURRENCES, Dims, Weight, mixers, weights_of, with_adapters
 from adapt.plan.work import fact
 from adapt.train.trainable import select
 
+Inside = Literal["", "created", "mixer", "block"]
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -33,27 +34,32 @@ class PlannedModel:
     """Of the master weights."""
     backward: frozenset[int]
     """Layers that a gradient goes through."""
-    called: bool = True
-    """Whether a training step runs it; a teacher that only suites ask has its root gathered, and nothing else."""
-    inside: bool = False
-    """Each layer learns by itself: no gradient leaves it (attention_transfer)."""
+    runs: frozenset[int]
+    """Layers that a training step runs; of a teacher that only suites ask none, and its root is gathered all the same."""
+    inside: Inside = ""
+    """What of a layer learns, where each learns by itself and no gradient leaves it (adapt.plan.work)."""
 
     @classmethod
     def student(cls, recipe: Recipe, config: Any) -> PlannedModel:
         weights = with_adapters(weights_of(config), recipe.trainable.lora)
         created = {w.name for w in weights if w.created}
         trained = select([w.name for w in weights], recipe.trainable, created)
-        inside = bool(fact(recipe.objective, "inside_layers", False))
-        if inside:
+        inside: Inside = fact(recipe.objective, "inside_layers", "")
+        runs = frozenset(range(config.num_hidden_layers))
+        if inside == "created":
             backward = {i for i, mixer in enumerate(mixers(config)) if mixer in RECURRENCES}
+        elif inside:
+            runs = backward = converted(config)
         else:
             lowest = min(-1 if w.role == "embedding" else _height(w, config) for w in weights if w.name in trained)
-            backward = {i for i in range(config.num_hidden_layers) if i >= lowest}
-        return cls(config, tuple(weights), frozenset(trained), recipe.model.dtype, frozenset(backward), inside=inside)
+            backward = {i for i in runs if i >= lowest}
+        return cls(config, tuple(weights), frozenset(trained), recipe.model.dtype, frozenset(backward), runs, inside)
 
     @classmethod
-    def frozen(cls, config: Any, dtype: str, *, called: bool = True) -> PlannedModel:
-        return cls(config, tuple(weights_of(config)), frozenset(), dtype, frozenset(), called)
+    def frozen(cls, config: Any, dtype: str, *, layers: int | None = None) -> PlannedModel:
+        """A teacher, the first `layers` layers of which run (null: all)."""
+        runs = frozenset(range(config.num_hidden_layers if layers is None else layers))
+        return cls(config, tuple(weights_of(config)), frozenset(), dtype, frozenset(), runs)
 
     @cached_property
     def dims(self) -> Dims:
@@ -88,10 +94,23 @@ class PlannedModel:
 
     def learns(self, weight: Weight) -> bool:
         """Whether a gradient reaches it: what trains and gets none stays as it is."""
-        return weight.name in self.trained and (not self.inside or weight.created)
+        if weight.name not in self.trained or not self.inside:
+            return weight.name in self.trained
+        if self.inside == "created":
+            return weight.created
+        return weight.layer in self.backward and self.in_reach(weight)
+
+    def in_reach(self, weight: Weight) -> bool:
+        """Of a layer's weights: whether what is compared comes after it. The token mixer's output knows no MLP."""
+        return self.inside != "mixer" or ".self_attn." in weight.name or ".input_layernorm." in weight.name
 
     def parameters(self, *, trained: bool = False) -> int:
         return sum(w.numel for w in self.weights if not trained or w.name in self.trained)
+
+
+def converted(config: Any) -> frozenset[int]:
+    """Layers whose token mixer is not the base's attention."""
+    return frozenset(i for i, mixer in enumerate(mixers(config)) if mixer != "attention")
 
 
 def _height(weight: Weight, config: Any) -> int:

@@ -9,7 +9,7 @@ from adapt.config.schema import Recipe
 from adapt.errors import NotReachable, UserError
 from adapt.plan.cluster import Cluster
 from adapt.plan.model import PlannedModel
-from adapt.plan.stage import StagePlan
+from adapt.plan.stage import StagePlan, grid_of
 from adapt.train.rules import learners
 from adapt.train.teacher_recipe import as_taught
 
@@ -18,6 +18,9 @@ def stage_plans(resolved: Resolved, cluster: Cluster) -> tuple[list[StagePlan], 
     """The plan of every stage (of every arm), and what stays open. Raises UserError with every problem."""
     found: list[StagePlan] = []
     notes: list[str] = []
+    for run in (resolved.arms or {"": resolved}).values():
+        for recipe in run.stages:
+            grid_of(recipe.trainer.mesh, cluster.gpus)  # before anything is read or printed
     for arm, run in (resolved.arms or {"": resolved}).items():
         config = student_config(run.recipe, notes)
         teachers: dict[str, Any] = {}
@@ -31,12 +34,13 @@ def stage_plans(resolved: Resolved, cluster: Cluster) -> tuple[list[StagePlan], 
 
 
 def stage_plan(name: str, recipe: Recipe, cluster: Cluster, config: Any, teacher: Any) -> StagePlan:
-    taught = (
-        None
-        if teacher is None
-        else PlannedModel.frozen(teacher, recipe.teacher.dtype, called=recipe.objective.declares("needs_teacher"))
-    )
-    return StagePlan(name, recipe, cluster, PlannedModel.student(recipe, config), taught)
+    student, taught = PlannedModel.student(recipe, config), None
+    if teacher is not None:
+        layers = None if recipe.objective.declares("needs_teacher") else 0
+        if layers is None and student.inside:  # what lies above the last of them is not asked
+            layers = max(student.backward) + 1
+        taught = PlannedModel.frozen(teacher, recipe.teacher.dtype, layers=layers)
+    return StagePlan(name, recipe, cluster, student, taught)
 
 
 def student_config(recipe: Recipe, notes: list[str]) -> Any:

@@ -28,6 +28,7 @@ def to_dict(plan: StagePlan) -> dict[str, Any]:
         "memory": {
             "fits": plan.fits,
             "room": plan.room,
+            "host": plan.host_bytes + plan.kept_away,
             "worst": worst.name,
             "moments": {m.name: m.kinds | {"total": m.total} for m in plan.moments(plan.rows)},
         },
@@ -42,13 +43,14 @@ def to_dict(plan: StagePlan) -> dict[str, Any]:
             for sent in plan.sent
         ],
         "optimizer_bytes_sent_per_rank": plan.optimizer.sent,
-        "flops_per_token": {"student": one.student, "recomputed": one.recomputed, "teacher": one.teacher}
+        "flops_per_row": {"student": one.student, "recomputed": one.recomputed, "teacher": one.teacher}
         | {"total": one.total},
         "step": {
             "tokens": plan.tokens_a_step,
             "seconds": plan.step_seconds,
             "compute_seconds": plan.compute_seconds,
             "traffic_seconds": plan.traffic_seconds,
+            "host_seconds": plan.host_seconds,
             "optimizer_seconds": plan.optimizer_seconds,
         },
         "steps": plan.steps,
@@ -129,7 +131,7 @@ def _print_facts(plan: StagePlan, console: Any) -> None:
         "arithmetic": f"{one.total / work.seq_len / 1e9:,.1f} GFLOP a token, {one.recomputed / one.total:.0%} of it recomputed"
         + (f", {one.teacher / one.total:.0%} the teacher's" if one.teacher else ""),
         "time": f"{duration(plan.step_seconds)} a step (arithmetic {duration(plan.compute_seconds)}, collectives "
-        f"{duration(plan.traffic_seconds)}, optimizer {duration(plan.optimizer_seconds)}); "
+        f"{duration(plan.traffic_seconds)}, {f'host {duration(plan.host_seconds)}, ' if plan.host_seconds else ''}optimizer {duration(plan.optimizer_seconds)}); "
         f"{plan.tokens_per_second:,.0f} tokens/s",
         "length": f"{plan.steps:,} steps, {plan.steps * plan.tokens_a_step:,} tokens: {duration(plan.days * 86400)}",
     }
@@ -179,7 +181,7 @@ def _table(title: str, columns: list[str]) -> Any:
 def print_seen(planned: dict[str, tuple[float, float]], console: Any) -> None:
     """`planned`: what -> (formula, seen)."""
     console.print(
-        "one microbatch of one row on fake ranks, with the kernels of a CPU; memory without the optimizer's state and a"
+        "one microbatch of one row (or pair) on fake ranks, with the kernels of a CPU; memory without the optimizer's state and a"
     )
     console.print("teacher's shards:")
     table = _table("", ["formula", "seen", "difference"])

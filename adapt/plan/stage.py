@@ -7,17 +7,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from adapt.config.schema import Recipe
+from adapt.config.schema import Mesh, Recipe
 from adapt.errors import Problem, UserError
 from adapt.plan import arithmetic, traffic
 from adapt.plan.arithmetic import Arithmetic
 from adapt.plan.cluster import GIB, Cluster, Grid
-from adapt.plan.memory import Moment, Setup, moments
+from adapt.plan.memory import Moment, Setup, held_bytes, moments
 from adapt.plan.model import PlannedModel
 from adapt.plan.optimizer import OptimizerPlan, plan_optimizer
 from adapt.plan.traffic import Sent
 from adapt.plan.work import Work
 from adapt.train.mixing import total_steps
+
+
+def grid_of(mesh: Mesh, gpus: int) -> Grid:
+    """Raises UserError where the numbers do not multiply to the GPUs there are."""
+    shards = gpus // mesh.replicate if mesh.shard == "auto" else mesh.shard
+    if shards < 1 or shards * mesh.replicate != gpus:
+        what = f"shard={mesh.shard} x replicate={mesh.replicate} does not make {gpus} GPUs; give numbers whose product it is"
+        raise UserError(Problem("trainer.mesh", what))
+    return Grid(shards, mesh.replicate)
 
 
 @dataclass(frozen=True)
@@ -30,17 +39,13 @@ class StagePlan:
 
     @cached_property
     def grid(self) -> Grid:
-        mesh, gpus = self.recipe.trainer.mesh, self.cluster.gpus
-        shards = gpus // mesh.replicate if mesh.shard == "auto" else mesh.shard
-        if shards < 1 or shards * mesh.replicate != gpus:
-            what = f"shard={mesh.shard} x replicate={mesh.replicate} does not make {gpus} GPUs; give numbers whose product it is"
-            raise UserError(Problem("trainer.mesh", what))
-        return Grid(shards, mesh.replicate)
+        return grid_of(self.recipe.trainer.mesh, self.cluster.gpus)
 
     @cached_property
     def setup(self) -> Setup:
         compute = 4 if self.recipe.trainer.precision == "fp32" else 2  # `auto` is bf16 on every GPU here
-        return Setup(self.grid, compute, "cuda", self.recipe.trainer.activation_checkpointing)
+        trainer = self.recipe.trainer
+        return Setup(self.grid, compute, "cuda", trainer.activation_checkpointing, trainer.mesh.offload)
 
     @cached_property
     def work(self) -> Work:
@@ -58,7 +63,8 @@ class StagePlan:
     def rows_a_step(self) -> int:
         """Of all ranks; every rank has as many."""
         rows = self.recipe.trainer.batch_tokens // self.recipe.data.seq_len
-        return max(1, round(rows / self.grid.ranks)) * self.grid.ranks
+        least = self.grid.ranks * self.work.unit
+        return max(1, round(rows / least)) * least
 
     @property
     def rows_a_rank(self) -> int:
@@ -83,18 +89,19 @@ class StagePlan:
 
     @cached_property
     def largest(self) -> int:
-        """Rows of the largest microbatch that fits; 0: not even one."""
-        low, high = 0, self.rows_a_rank
+        """Rows of the largest microbatch that fits; 0: not even one (of preference pairs: one pair)."""
+        unit = self.work.unit
+        low, high = 0, self.rows_a_rank // unit
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.worst(middle).total <= self.room else (low, middle - 1)
-        return low
+            low, high = (middle, high) if self.worst(middle * unit).total <= self.room else (low, middle - 1)
+        return low * unit
 
     @cached_property
     def rows(self) -> int:
         """Of the microbatch that is planned: the recipe's, or the largest that fits."""
         wanted = self.recipe.trainer.microbatch
-        return min(self.rows_a_rank, max(1, self.largest) if wanted == "auto" else wanted)
+        return min(self.rows_a_rank, max(self.work.unit, self.largest) if wanted == "auto" else wanted)
 
     @property
     def fits(self) -> bool:
@@ -130,6 +137,34 @@ class StagePlan:
         return self.microbatches * traffic.seconds(self.sent, self.grid, self.cluster)
 
     @property
+    def host_bytes(self) -> float:
+        """Of a rank in its host's memory: what `trainer.mesh.offload` puts there. (A microbatch's activations: kept_away.)"""
+        if not self.setup.offload:
+            return 0.0
+        return sum(held_bytes(self.student, self.teacher, self.optimizer, self.setup).values())
+
+    @property
+    def kept_away(self) -> float:
+        """Bytes of layers' inputs that a microbatch keeps in the host's memory."""
+        if self.setup.checkpointing != "offload":
+            return 0.0
+        return self.setup.compute * self.student.dims.D * len(self.student.backward) * self.rows * self.work.read
+
+    @property
+    def host_seconds(self) -> float:
+        """Of a step: weights to the GPU, gradients from it, layers' inputs both ways."""
+        moved = 2 * self.kept_away
+        if self.setup.offload:
+            for model in self.models:
+                often = traffic.gathers(model)
+                for group in model.groups:
+                    moved += often[group.layer] * sum(
+                        traffic.local([w], self.grid) * model.bytes_each(w) for w in group.weights
+                    )
+                    moved += traffic.REDUCED * traffic.local(model.learning(group), self.grid)
+        return self.microbatches * moved / (self.cluster.kind.host * self.cluster.network)
+
+    @property
     def optimizer_seconds(self) -> float:
         exchange = self.optimizer.sent / (self.cluster.rate(self.grid, "shard") / max(1, self.in_node))
         return self.optimizer.flops / self.grid.ranks / self.rate + exchange
@@ -141,8 +176,9 @@ class StagePlan:
 
     @property
     def step_seconds(self) -> float:
-        """Collectives run beside the arithmetic, and whichever is longer counts; the optimizer comes after."""
-        return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
+        """Collectives and what shards send to the host and back run beside the arithmetic, and the longest counts;
+        the optimizer comes after."""
+        return max(self.compute_seconds, self.traffic_seconds, self.host_seconds) + self.optimizer_seconds
 
     @property
     def steps(self) -> int:

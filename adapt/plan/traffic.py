@@ -54,11 +54,8 @@ def local(weights: Iterable[Weight], grid: Grid) -> int:
 
 def gathers(model: PlannedModel) -> Counter[int | None]:
     """Group -> how often it is gathered."""
-    found: Counter[int | None] = Counter(
-        {group.layer: 1 for group in (model.groups if model.called else model.groups[:1])}
-    )
-    back = set(model.backward)
-    found.update(back | {i - 1 for i in back if i > 0})
+    found: Counter[int | None] = Counter([None, *model.runs])
+    found.update(model.backward | ({i - 1 for i in model.backward} & model.runs))
     return found
 
 

@@ -92,7 +92,7 @@ def plan(resolved: Any, args: argparse.Namespace) -> int:
 
 
 def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
-    """What -> (formula, seen), of one microbatch of one row with the kernels of a CPU, which is where it runs."""
+    """What -> (formula, seen), of one microbatch of one row (or pair) with the kernels of a CPU, which is where it runs."""
     import dataclasses
 
     import torch
@@ -100,18 +100,18 @@ def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
     from adapt.plan.fake import fake_ranks, observe
     from adapt.plan.memory import moments
 
-    setup = dataclasses.replace(one.setup, device="cpu")
+    setup, rows = dataclasses.replace(one.setup, device="cpu", offload=False), one.work.unit
     compute = torch.bfloat16 if setup.compute == 2 else torch.float32
     with fake_ranks(one.grid.ranks) as world:
         seen = observe(
-            one.recipe, one.student.config, one.teacher and one.teacher.config, world, rows=1, compute=compute
+            one.recipe, one.student.config, one.teacher and one.teacher.config, world, rows=rows, compute=compute
         )
     found: dict[str, tuple[float, float]] = {"parameters": (one.student.parameters(), seen.parameters)}
     for sent in one.sent:
         found[f"{sent.kind}s"] = (sent.count, seen.counts.get(sent.kind, 0))
         found[f"{sent.kind}, bytes"] = (sent.bytes, seen.bytes.get(sent.kind, 0))
     found["optimizer state, bytes"] = (one.optimizer.state, seen.state)
-    of_one = moments(one.student, one.teacher, one.work, one.optimizer, setup, 1, accumulated=False)
+    of_one = moments(one.student, one.teacher, one.work, one.optimizer, setup, rows, accumulated=False)
     followed = [sum(v for k, v in m.kinds.items() if k not in ("optimizer", "teacher")) for m in of_one]
     found["memory, bytes"] = (max(followed), seen.memory["Total"])
     return found

@@ -4,7 +4,9 @@ copies          times that the row goes through the student (block diffusion: no
 scored          rows of logits for each clean token (1)
 heads           calls of the head that keep a gradient of it (1)
 visible         (query, key) pairs of a row of T tokens (T^2 / 2: one causal document)
-inside_layers   each layer learns by itself, and no gradient leaves it (false)
+logits_twice    the way back forms them once more (false; bf16 does so anyway)
+inside_layers   each layer learns by itself, and no gradient leaves it: from what it is given (`created`: the parameters
+                of recurrences), or from a teacher's states, of its `mixer` alone or of the whole `block` ("")
 teacher_reads   `all` rows, or those of sources marked `replay`
 """
 
@@ -30,6 +32,10 @@ class Work:
     """Share of the rows that the teacher reads; 0 without one."""
     divergence: bool
     """The loss compares with the teacher's logits."""
+    logits_twice: bool
+    """The loss is of sums over a row, whose way back forms the logits once more (linear_log_probability)."""
+    unit: int
+    """Rows that are never parted: those of a preference pair."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
@@ -45,7 +51,9 @@ class Work:
             heads=int(fact(choice, "heads", 1)),
             pairs=length**2 / 2 if visible is None else visible(length),
             taught=taught,
-            divergence=choice.declares("needs_teacher"),
+            divergence=choice.declares("needs_teacher") and not choice.declares("logits_twice"),
+            logits_twice=choice.declares("logits_twice"),
+            unit=2 if choice.declares("pairs") else 1,
         )
 
     @property

@@ -28,14 +28,27 @@ CASES = {
             "max_position_embeddings": 512, "tie_word_embeddings": True}},
     },
     "layers that learn by themselves": TRANSFER | {"trainable": {"include": ["*.recurrence.*"]}},
+    "layers that learn from a teacher's states": {
+        "conversions": [{"name": "lawcat", "layers": [0, 2]}], "objective": "layer_alignment", "teacher": {"base": "self"},
+        "trainable": {"include": ["*.self_attn.*"]},
+    },
+    "blocks that learn from a teacher's states": {
+        "conversions": [{"name": "lawcat", "layers": [1]}], "objective": {"name": "layer_alignment", "block": 1.0},
+        "teacher": {"base": "self"}, "trainable": {"include": ["*.layers.*"]},
+    },
+    "preferences": {"objective": "dpo", "trainer": {"microbatch": 2}},
+    "preferences, taught": {"objective": {"name": "dpo", "reference": "teacher"}, "teacher": {"base": "self"}},
+    "selective": {"trainer": {"activation_checkpointing": "selective"}},
+    "offloaded": {"trainer": {"activation_checkpointing": "offload", "mesh": {"offload": True}}},
     "a latent student": {"conversions": [{"name": "xecomla", "latent_norm": "none", "q_rank": 32, "kv_rank": 32}]},
     "qwen2": {"arch": {"model_type": "qwen2"}},
     "qwen3": {"arch": {"model_type": "qwen3"}},
 }  # fmt: skip
 
 
-def seen(recipe, gpus: int, compute: torch.dtype = torch.bfloat16, rows: int = 1) -> tuple:
+def seen(recipe, gpus: int, compute: torch.dtype = torch.bfloat16) -> tuple:
     plan = planned(recipe, gpus)
+    rows = plan.work.unit
     with fake_ranks(gpus) as world:
         return plan, observe(
             recipe, plan.student.config, plan.teacher and plan.teacher.config, world, rows=rows, compute=compute
@@ -51,6 +64,20 @@ def assert_to_the_byte(plan, found: Seen) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_collectives_are_the_formula_to_the_byte(case):
     assert_to_the_byte(*seen(recipe_of(**CASES[case]), 12))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("policy", [False, True, "selective"])
+def test_products_with_weights_are_those_of_the_formula(policy, family):
+    trainer = {"activation_checkpointing": policy, "precision": "fp32"}
+    plan, found = seen(recipe_of(arch={"model_type": family}, trainer=trainer), 4, torch.float32)
+    dims = plan.student.dims
+    attention = (
+        dims.layers * 4 * plan.work.pairs * dims.H * dims.d
+    )  # an operation of its own, which is not counted there
+    attention *= 4 if policy is True else 3
+    logits = 3 * 2 * dims.V * dims.D * plan.work.seq_len  # those of linear_cross_entropy, an operation of its own
+    assert plan.arithmetic.total - attention - logits == found.flops
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "cosmos", "soap", "adamw8bit"])
