@@ -36,8 +36,6 @@ def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> fl
         total += _attention(model, c, learns, tiled)
     else:
         total += _recurrence(model, group, c)
-    if model.inside == "mixer":  # the MLP's is let go as soon as the layer is done
-        return total + _adapters(group, c)
     total += norm_bytes(s.D, c, learns("post_attention_layernorm"), learns("gate_proj") or learns("up_proj"))
     total += 3 * c * s.I + (c * s.I if learns("down_proj") else 0)  # gate, silu(gate), up; their product
     return total + _adapters(group, c)

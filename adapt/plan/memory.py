@@ -97,6 +97,8 @@ def moments(
     }
     of_layers = kept(student, work, setup, rows, layers_only=True)
     last = of_layers + (full if setup.checkpointing else 0.0)
+    if setup.checkpointing == "selective":  # what was kept of it is part of what is there again
+        last -= selective_bytes(student, widest, c) * tokens
     found.append(Moment("last layer", held | passing | {"activations": last}))
     reduced = sum(_gradients(student, g, setup) for g in student.layers[REDUCING:])
     there = held.get("gradients", 0.0) if accumulated or setup.offload else reduced
