@@ -117,12 +117,6 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
         inputs = _faked(prepared.inputs, fake)
-        if recipe.objective.declares(
-            "inside_layers"
-        ):  # the tracker asks for the buffers of layers that nobody calls, too
-            for layer in student.get_decoder().layers:
-                layer.unshard()
-                layer.reshard()
         tracker = FSDPMemTracker(root.train())
         with tracker, counted:
             found = root(objective, inputs)
