@@ -37,17 +37,8 @@ CASES = {
     },
     "mamba2": {"conversions": ["mamba2"]},
     "selective": {"trainer": {"activation_checkpointing": "selective"}},
-    "selective, latent": {"trainer": {"activation_checkpointing": "selective"}, "conversions": [LATENT]},
     "preferences": {"objective": "dpo"},
     "preferences, taught": {"objective": {"name": "dpo", "reference": "teacher"}, "teacher": {"base": "self"}},
-    "alignment": {
-        "conversions": ["lawcat"], "objective": "layer_alignment", "teacher": {"base": "self"},
-        "trainable": {"include": ["*.self_attn.*"]},
-    },
-    "alignment of blocks, latent": {
-        "conversions": [LATENT], "objective": {"name": "layer_alignment", "block": 1.0}, "teacher": {"base": "self"},
-        "trainable": {"include": ["*.layers.*"]},
-    },
     "attention transfer": {
         "conversions": ["lawcat"], "objective": "attention_transfer", "trainable": {"include": ["*.recurrence.*"]},
     },

@@ -28,14 +28,6 @@ CASES = {
             "max_position_embeddings": 512, "tie_word_embeddings": True}},
     },
     "layers that learn by themselves": TRANSFER | {"trainable": {"include": ["*.recurrence.*"]}},
-    "layers that learn from a teacher's states": {
-        "conversions": [{"name": "lawcat", "layers": [0, 2]}], "objective": "layer_alignment", "teacher": {"base": "self"},
-        "trainable": {"include": ["*.self_attn.*"]},
-    },
-    "blocks that learn from a teacher's states": {
-        "conversions": [{"name": "lawcat", "layers": [1]}], "objective": {"name": "layer_alignment", "block": 1.0},
-        "teacher": {"base": "self"}, "trainable": {"include": ["*.layers.*"]},
-    },
     "preferences": {"objective": "dpo", "trainer": {"microbatch": 2}},
     "preferences, taught": {"objective": {"name": "dpo", "reference": "teacher"}, "teacher": {"base": "self"}},
     "selective": {"trainer": {"activation_checkpointing": "selective"}},
