@@ -175,6 +175,19 @@ def _validate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from adapt.plan.verb import add_arguments
+
+    _recipe_arguments(parser)
+    add_arguments(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from adapt.plan.verb import plan
+
+    return plan(_load(args), args)
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     from adapt.generation.verb import add_arguments
 
@@ -333,6 +346,7 @@ VERBS: dict[str, Verb] = {
         _validate_arguments,
         _validate,
     ),
+    "plan": ("memory, communication and time of a recipe on a cluster", _plan_arguments, _plan),
     "generate": ("decode text with a model or a run", _generate_arguments, _generate),
     "evaluate": ("measure a model or a run on held-out data", _evaluate_arguments, _evaluate),
     "report": ("write one HTML page of a run, or of several", _report_arguments, _report),

@@ -141,6 +141,8 @@ class Teacher:
     """`self`: the base model before conversions; otherwise anything `model.base` accepts."""
     revision: str | None = None
     """Hub revision of the teacher."""
+    arch: dict[str, Any] | None = None
+    """Stated shape of another model than the base, as `model.arch`: what plans count where the Hub is out of reach."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype the frozen teacher is kept in."""
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from adapt.config.schema import Mesh
 from adapt.distributed.world import World
@@ -45,10 +45,9 @@ def shard(
     # The root's inputs are objectives and batches: loss weights in them stay fp32.
     policy = dataclasses.replace(policy, cast_forward_inputs=False)
     # A backward needs the head again at once; where none comes, the root goes back to its shards.
-    fully_shard(
-        root,
-        mesh=mesh,
-        mp_policy=policy,
-        offload_policy=where,
-        reshard_after_forward=not any(p.requires_grad for p in root.parameters()),
-    )
+    frozen = not any(p.requires_grad for p in root.parameters())
+    fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=frozen)
+    if frozen:  # a student that is called within it gives it outputs with gradients, which are not of its parameters
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_unshard_in_backward(False)

@@ -50,6 +50,11 @@ class AttentionTransferConfig:
 
 
 class AttentionTransfer(Stateless):
+    inside_layers = "created"
+    """No gradient leaves what conversions created (adapt.plan.work)."""
+    scored = 0.0
+    """Rows of logits for each token (adapt.plan.work)."""
+
     def __init__(self, facts: Facts, scale: float):
         self.backend, self.layers, self.scale = facts.attention, facts.learning, scale
 

@@ -139,6 +139,35 @@ class BlockDiffusionConfig:
         return self.ar_weight > 0 or bool(self.ar_weight_end)
 
     @property
+    def copies(self) -> int:
+        """Times that a row goes through the student: its noisy views, and the clean tokens where somebody looks at them
+        (adapt.plan.work)."""
+        return (2 if self.noise.complementary else 1) + (self.block_size is not None or self.has_ar)
+
+    @property
+    def scored(self) -> float:
+        """Expected rows of logits for each clean token (adapt.plan.work)."""
+        hidden = 1.0 if self.noise.complementary else (self.noise.t_min + self.noise.t_max) / 2
+        if self.block_first == "ar" and self.block_size is not None:
+            hidden *= 1 - 1 / self.block_size
+        return hidden + self.has_ar
+
+    @property
+    def heads(self) -> int:
+        """Calls of the head in a microbatch (adapt.plan.work)."""
+        return 1 + self.has_ar
+
+    def visible(self, length: int) -> float:
+        """Pairs of queries and keys that see each other in a row that is one document, at the target block size
+        (adapt.plan.work)."""
+        views, clean = (2 if self.noise.complementary else 1), self.copies > (2 if self.noise.complementary else 1)
+        if self.block_size is None:
+            return views * length**2 + clean * length**2 / 2
+        own = length * self.block_size
+        noisy = length**2 / 2 + (own if self.noisy_attention == "bidirectional" else own / 2)
+        return views * noisy + length**2 / 2 + (own / 2 if self.context == "block" else 0)
+
+    @property
     def first_size(self) -> int | None:
         return self.size_at(0)
 

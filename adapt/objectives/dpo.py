@@ -69,6 +69,8 @@ class DpoConfig:
 
 class Dpo(Stateless):
     pairs = True
+    logits_twice = True
+    """The way back forms the logits once more (adapt.plan.work)."""
 
     def __init__(self, config: DpoConfig, facts: Facts):
         self.config, self.backend = config, facts.attention

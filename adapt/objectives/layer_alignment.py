@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ class LayerAlignmentConfig:
     distance: Literal["mse", "norm"] = "mse"
     """Of a token's two vectors. `mse`: mean squared difference of their channels; `norm`: length of their difference,
     which a few tokens with very large states dominate less."""
+
+    scored: ClassVar[float] = 0.0
+    """Rows of logits for each token (adapt.plan.work)."""
+
+    @property
+    def inside_layers(self) -> str:
+        """What of a layer learns (adapt.plan.work)."""
+        return "block" if self.block else "mixer"
 
     def problems(self, recipe) -> Iterator[Problem]:
         for key in ("mixer", "block"):

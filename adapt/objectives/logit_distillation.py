@@ -35,6 +35,11 @@ class LogitDistillationConfig:
     """`token`: the mean over supervised tokens. `batchmean`: the sum over all positions, padding and prompts too, by
     rows, as PyTorch's reduction of that name gives it and MambaInLlama trains: it grows with the row length."""
 
+    @property
+    def heads(self) -> int:
+        """Calls of the head in a microbatch (adapt.plan.work)."""
+        return 2 if self.ce else 1
+
     def problems(self, recipe) -> Iterator[Problem]:
         for key in ("kl", "ce"):
             if not (getattr(self, key) >= 0 and math.isfinite(getattr(self, key))):

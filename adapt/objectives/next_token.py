@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,9 +31,17 @@ class NextTokenConfig:
     """Weight of KL(teacher || student) per token of the training data marked `replay`, with the base as its teacher
     (`teacher: {base: self}`): old text keeps not only its likelihood but the whole distribution."""
 
+    teacher_reads: ClassVar[str] = "replay"
+    """Rows that the teacher reads (adapt.plan.work)."""
+
     @property
     def needs_teacher(self) -> bool:
         return self.kl_to_base > 0
+
+    @property
+    def heads(self) -> int:
+        """Calls of the head in a microbatch (adapt.plan.work)."""
+        return 2 if self.kl_to_base else 1
 
     def problems(self, recipe) -> Iterator[Problem]:
         if not (self.kl_to_base >= 0 and math.isfinite(self.kl_to_base)):

@@ -27,6 +27,9 @@ class AdamW8bitConfig(AdamWConfig):
     """torch.compile the step of a tensor. Worth it on a GPU (it makes no full-size copies of the moments); every shape is
     compiled once, in seconds, and numbers that follow a schedule would be compiled anew at each step."""
 
+    def algorithms(self) -> tuple[dict, dict | None]:
+        return {"algorithm": "adamw8bit", "block_size": self.block_size}, None
+
     def problems(self, recipe) -> Iterator[Problem]:
         yield from super().problems(recipe)
         if find_spec("torchao") is None:

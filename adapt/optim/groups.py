@@ -69,6 +69,10 @@ class GroupedConfig:
             "other": self.other,
         }
 
+    def algorithms(self) -> tuple[dict, dict | None]:
+        """Algorithm and its numbers for what is no matrix, and for matrices (null: the same), as a plan asks for them."""
+        return {"algorithm": "adamw"}, self.group() if hasattr(self, "group") else None
+
     def rate(self, role: str) -> float:
         """Peak learning rate of a role that gives none."""
         return self.lr

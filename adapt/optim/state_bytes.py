@@ -13,17 +13,17 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     all that it keeps alive, and nothing twice."""
     storages = {}
     for leaf in tree_leaves(list(optimizer.state.values())):
-        for tensor in _plain(leaf) if isinstance(leaf, Tensor) else ():
+        for tensor in plain_tensors(leaf) if isinstance(leaf, Tensor) else ():
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-def _plain(tensor: Tensor) -> list[Tensor]:
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors a wrapper is made of."""
     if isinstance(tensor, DTensor):
-        return _plain(tensor.to_local())
+        return plain_tensors(tensor.to_local())
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in _plain(getattr(tensor, name))]
+        return [part for name in names for part in plain_tensors(getattr(tensor, name))]
     return [tensor]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from adapt.config.schema import Model, Recipe, Teacher, Tokenizer
+from adapt.config.schema import Recipe, Teacher
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
 from adapt.models import attention
@@ -16,6 +16,7 @@ from adapt.pretrained.outline import load_outline
 from adapt.train.build import place
 from adapt.train.root import Frozen, look_at
 from adapt.train.rules import learners
+from adapt.train.teacher_recipe import as_taught
 
 
 def build_teacher(recipe: Recipe, tokenizer: Any, world: World) -> Frozen | None:
@@ -52,22 +53,6 @@ def _frozen(recipe: Recipe, tokenizer: Any, world: World) -> Frozen:
     frozen = Frozen(model)
     place(frozen, model, outline[1] if outline else None, recipe, world)
     return frozen
-
-
-def as_taught(recipe: Recipe) -> Recipe:
-    """The recipe whose model is the teacher: the base before conversions, or another model altogether."""
-    teacher, own = recipe.teacher, recipe.model
-    if teacher.base == "self":
-        model = dataclasses.replace(own, conversions=(), dtype=teacher.dtype, revision=teacher.revision or own.revision)
-    else:
-        model = Model(
-            base=teacher.base,
-            revision=teacher.revision,
-            dtype=teacher.dtype,
-            attention=own.attention,
-            trust_remote_code=own.trust_remote_code,
-        )
-    return dataclasses.replace(recipe, model=model, tokenizer=Tokenizer())
 
 
 def check_tokens(student: Any, teacher: Any) -> None:

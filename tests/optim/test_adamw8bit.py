@@ -184,9 +184,11 @@ def on_two(folder) -> None:
 
 
 def same(a, b) -> bool:
-    from adapt.optim.state_bytes import _plain
+    from adapt.optim.state_bytes import plain_tensors
 
-    return type(a) is type(b) and all(torch.equal(x, y) for x, y in zip(_plain(a), _plain(b), strict=True))
+    return type(a) is type(b) and all(
+        torch.equal(x, y) for x, y in zip(plain_tensors(a), plain_tensors(b), strict=True)
+    )
 
 
 def test_two_ranks_are_one_and_their_checkpoint_is_read_by_one(tmp_path):

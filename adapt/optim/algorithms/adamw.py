@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from adapt.optim.algorithms import local
+from adapt.optim.algorithms import Footprint, Shard, local
 
 
 class AdamW:
@@ -53,6 +53,9 @@ class AdamW:
             eps=group["eps"],
             maximize=False,
         )
+
+    def footprint(self, held: Shard, group: dict[str, Any], moved: int) -> Footprint:
+        return Footprint(4 + 2 * held.local * held.itemsize)
 
 
 algorithm = AdamW()

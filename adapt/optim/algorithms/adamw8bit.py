@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt.optim.algorithms import local
+from adapt.optim.algorithms import Footprint, Shard, local
 
 LEAST = 4096
 """Values from which a tensor is worth it; smaller ones have their moments in full."""
+CODES = 4 * 256
+"""Bytes of a tensor's map from codes to numbers."""
 SHORTEST = 32
 """Values in a block: a scale takes 4 bytes, so that shorter ones save little."""
 
@@ -61,6 +63,13 @@ class AdamW8bit:
                 False,
             )
 
+    def footprint(self, held: Shard, group: dict[str, Any], moved: int) -> Footprint:
+        everywhere = held.rows(held.shape[0]) * (held.shards - 1) < held.shape[0]
+        block = _block(held.shape, group["block_size"]) if everywhere else None
+        if block is None:
+            return Footprint(4 + 2 * 4 * held.local)
+        return Footprint(4 + 2 * (held.local + 4 * (held.local // block) + CODES))
+
 
 algorithm = AdamW8bit()
 
@@ -68,9 +77,13 @@ algorithm = AdamW8bit()
 def block_of(parameter: Tensor, largest: int) -> int | None:
     """Values in a block: the largest power of two that divides a row and is at most `largest`; null where the moments are
     better kept in full (vectors, small tensors, rows of odd lengths, and where some rank would have no rows)."""
-    if parameter.ndim < 2 or parameter.numel() < LEAST or not _rows_everywhere(parameter):
+    return _block(tuple(parameter.shape), largest) if _rows_everywhere(parameter) else None
+
+
+def _block(shape: tuple[int, ...], largest: int) -> int | None:
+    if len(shape) < 2 or math.prod(shape) < LEAST:
         return None
-    row = math.prod(parameter.shape[1:])
+    row = math.prod(shape[1:])
     block = min(row & -row, 1 << (largest.bit_length() - 1))
     return block if block >= SHORTEST else None
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adapt.optim import basis, matrices, newton_schulz
-from adapt.optim.algorithms import local
+from adapt.optim.algorithms import Footprint, Shard, local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts
 from adapt.optim.newton_schulz import flops, orthogonalise
@@ -88,6 +88,16 @@ class Cosmos:
             key: matrices.zeros(shape, torch.float32, parameter, sharded=sharded)
             for key, (shape, sharded) in shapes.items()
         }
+
+    def footprint(self, held: Shard, group: dict[str, Any], moved: int) -> Footprint:
+        m, n = held.shape[-2:] if not _flipped(group) else held.shape[:-3:-1]
+        r = rank_of(group["rank"], m, n)
+        rows = held.rows(m)
+        momentum = getattr(torch, group["momentum_dtype"]).itemsize
+        sent = 4 * held.reduced(n * r + r * r + 1 + 3)  # G'GU, P'P and |H|^2, the three products
+        if group["gamma"]:
+            sent += moved * (2 * held.exchanged(m * n) + held.shared(m * n))
+        return Footprint(4 + held.local * momentum + 4 * (rows * r + n * r + r * r), sent, CHUNK_BYTES)
 
     def step(
         self,

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapt.optim import matrices, newton_schulz
-from adapt.optim.algorithms import local
+from adapt.optim.algorithms import Footprint, Shard, local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts
 from adapt.optim.newton_schulz import flops, orthogonalise
@@ -51,6 +51,11 @@ class Muon:
     def state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         dtype = getattr(torch, group["momentum_dtype"])
         return {"momentum": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)}
+
+    def footprint(self, held: Shard, group: dict[str, Any], moved: int) -> Footprint:
+        size = prod(held.shape)
+        sent = moved * (2 * held.exchanged(size) + held.shared(size))
+        return Footprint(held.local * getattr(torch, group["momentum_dtype"]).itemsize, sent, CHUNK_BYTES)
 
     def step(
         self,

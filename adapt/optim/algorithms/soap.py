@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from adapt.optim import matrices, newton_schulz
-from adapt.optim.algorithms import local
+from adapt.optim.algorithms import Footprint, Shard, local
 from adapt.optim.exchange import Exchange, Grid, share, traffic
 from adapt.optim.matrices import Parts, Piece
 from adapt.optim.newton_schulz import symmetric
@@ -62,6 +62,17 @@ class Soap:
         moments = {key: torch.zeros_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
         made = {key: _zeros(shape, parameter, parts) for key, shape in shapes.items()}
         return {"step": torch.zeros((), dtype=torch.float32)} | moments | made
+
+    def footprint(self, held: Shard, group: dict[str, Any], moved: int) -> Footprint:
+        """Sent: gradient and moments to the owner, moments and update back, and of each basis its two halves likewise."""
+        m, n = held.shape[-2:]
+        lengths = [{"left": m, "right": n}[side] for side in sides_of(m, n, group)]
+        turns = 1 / group["precondition_frequency"]
+        state = 4 + 4 * (2 * held.local + sum(2 * held.rows(size) * size for size in lengths))
+        of_bases = sum((3 + turns) * size * size for size in lengths)
+        moved_once = held.exchanged(6 * m * n + of_bases)
+        back = held.shared(3 * m * n + sum((1 + turns) * size * size for size in lengths))
+        return Footprint(state, 4 * (moved_once + back), CHUNK_BYTES)
 
     def step(
         self,
