@@ -68,8 +68,8 @@ class Warm:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.process.kill()  # it holds nothing, and its interpreter takes its time to end
+        self.process.communicate()
 
     def __enter__(self) -> Warm:
         return self
