@@ -113,12 +113,10 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 def me() -> dict[str, Any]:
     """This process, told apart from all others of this machine and of others; and its job, under SLURM."""
-    import psutil
-
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process_began": psutil.Process().create_time(),
+        "process_began": started(os.getpid()),
         "kernel": _kernel(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
@@ -172,13 +170,24 @@ def _over(place: Path, generation: int, record: Mapping[str, Any]) -> str:
     )
 
 
+def started(pid: int) -> float:
+    """When a process began, in seconds since the machine did where that is told: nobody sets that clock."""
+    import psutil
+
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return psutil.Process(pid).create_time()
+
+
 def _runs(pid: int, began: float) -> bool:
     """Whether a process of this machine is there, and is the one that had that number then."""
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - began) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(started(pid) - began) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

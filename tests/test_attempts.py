@@ -47,14 +47,8 @@ def begun(run, **changes) -> None:
     (place / f"{attempts.newest_of(place) + 1}.json").write_text(json.dumps(record))
 
 
-def began_of(process) -> float:
-    import psutil
-
-    return psutil.Process(process.pid).create_time()
-
-
 def test_a_second_run_in_the_folder_is_refused_by_name(tmp_path, alive):
-    begun(tmp_path, host=attempts.me()["host"], pid=alive.pid, process_began=began_of(alive))
+    begun(tmp_path, host=attempts.me()["host"], pid=alive.pid, process_began=attempts.started(alive.pid))
     with pytest.raises(UserError) as error:
         claim(tmp_path)
     for word in (str(tmp_path), attempts.me()["host"], f"pid {alive.pid}", "2026-01-02T03:04:05", "kill -TERM"):
@@ -63,7 +57,7 @@ def test_a_second_run_in_the_folder_is_refused_by_name(tmp_path, alive):
 
 
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path, alive):
-    begun(tmp_path, pid=alive.pid, process_began=began_of(alive))
+    begun(tmp_path, pid=alive.pid, process_began=attempts.started(alive.pid))
     alive.kill()
     alive.wait()
     assert claim(tmp_path).generation == 2
@@ -71,13 +65,13 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path, alive):
 
 
 def test_a_process_that_only_has_the_number_of_the_dead_one_holds_nothing(tmp_path, alive):
-    begun(tmp_path, pid=alive.pid, process_began=began_of(alive) - 3600)
+    begun(tmp_path, pid=alive.pid, process_began=attempts.started(alive.pid) - 3600)
     assert claim(tmp_path).generation == 2
 
 
 def test_a_slurm_job_started_again_takes_over_from_itself(tmp_path, alive, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    mine = {"pid": alive.pid, "process_began": began_of(alive)}
+    mine = {"pid": alive.pid, "process_began": attempts.started(alive.pid)}
     begun(tmp_path, slurm_job="17", slurm_restarts=0, **mine)
     with pytest.raises(UserError, match="scancel 17"):
         claim(tmp_path)
