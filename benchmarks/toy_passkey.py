@@ -3,10 +3,10 @@
     python benchmarks/toy_passkey.py                          # teacher, then students with gate bias 0 and 6
     python benchmarks/toy_passkey.py --gate-bias 6 --seeds 0 1
 
-Everything is the product's: `adapt fit` trains the teacher from random weights (next_token) on the source `passkey`,
-`lawcat` converts all of its layers, `attention_transfer` and then `next_token` train the student at 256 tokens,
-and the suite `passkey` measures both, at 256 and at lengths that no training row has. Keys of the suite are in no
-training row. The tokenizer is byte-level BPE of the task's own words, numbers digit by digit.
+Everything is the product's: `adapt fit` trains the teacher from random weights (next_token, rows of 80, 128, then 256
+tokens), `lawcat` converts both of its layers, `attention_transfer` and `logit_distillation` train the student at 256
+tokens, and the suite `passkey` measures both, at 256 and at lengths that no training row has. Keys of the suite are in
+no training row. The tokenizer is byte-level BPE of the task's own words, numbers digit by digit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }  # fmt: skip
 VOCABULARY = 400
+EVALUATION = {"suites": [{"name": "passkey", "lengths": list(LENGTHS), "depths": 5, "trials": 20}], "limit": None}
+"""100 keys of each length."""
 KEY_TOKENS = 7
 """A key's digits, the space before them and the token that ends the text."""
 
@@ -57,7 +59,7 @@ def make_blank(folder: Path, seed: int = 0) -> Path:
 
 
 def write_whole(path: Path, tokenizer, length: int, count: int) -> Path:
-    """Passkey texts with their answers, to be learned from the first token on: without that loss no key is ever found."""
+    """Passkey texts with their answers, to be learned from the first token on: the loss on keys alone did not teach it."""
     import numpy as np
 
     from adapt.data.needles import Passkeys, key_of
@@ -92,16 +94,16 @@ def texts(runs: Path, base: Path, length: int, count: int) -> dict:
     }
 
 
-def recipe(name: str, base: Path, runs: Path, seed: int, stages: list[dict], **over) -> dict:
+def recipe(name: str, base: Path, runs: Path, seed: int, data: dict, stages: list[dict], **over) -> dict:
     return {
         "run": {"name": name, "dir": str(runs), "seed": seed},
         "model": {"base": str(base)},
-        "data": stages[-1].get("data") or texts(runs, base, LENGTH, 1000),
+        "data": data,
         "objective": "next_token",
         "optimizer": {"name": "adamw", "lr": 4e-3, "beta2": 0.98, "weight_decay": 0.0},
         "schedule": {"name": "cosine", "warmup": 0.1, "final": 0.1},
         "trainer": {"steps": 1},
-        "evaluation": {"suites": [{"name": "passkey", "lengths": list(LENGTHS), "depths": 5, "trials": 20}], "limit": None},
+        "evaluation": EVALUATION,
         "logging": {"every": 10, "tensorboard": False},
         "export": {"dtype": "float32"},
         "stages": stages,
@@ -120,49 +122,47 @@ def teacher(runs: Path, seed: int = 0) -> dict:
         stage("128", 100, 20, 128, data=texts(runs, base, 128, 1000), schedule=steady),
         stage("256", 200, 10, 256, data=texts(runs, base, 256, 1000)),
     ]
-    return recipe("teacher", base, runs, seed, stages)
+    return recipe("teacher", base, runs, seed, stages[-1]["data"], stages)
 
 
 def student(base: Path, runs: Path, gate_bias: float, seed: int = 0) -> dict:
-    """The heads of each layer, then the teacher's distribution, by the whole model."""
-    data = texts(runs, base, LENGTH, 2000)
+    """The heads of each layer, then the teacher's distribution, by the whole model; measured before and after either.
+
+    A run evaluates at its end, not at the end of a stage: the first stage goes a step beyond its evaluation."""
+    data, steps = texts(runs, base, LENGTH, 2000), 200
     stages = [
         stage(
-            "transfer", 200, 8,
-            data=data,
+            "transfer",
+            steps + 1,
+            8,
             objective="attention_transfer",
             trainable={"include": ["*.recurrence.*"]},
             optimizer={"name": "adamw", "lr": 1e-2, "weight_decay": 0.0},
+            evaluation={"every": steps, **EVALUATION},
         ),
-        stage(
-            "distillation", 300, 8,
-            data=data,
-            objective="logit_distillation",
-            teacher={"base": "self"},
-            optimizer={"name": "adamw", "lr": 4e-3, "beta2": 0.98, "weight_decay": 0.0},
-        ),
-    ]  # fmt: skip
+        stage("distillation", steps, 8, objective="logit_distillation", teacher={"base": "self"}),
+    ]
     model = {"base": str(base), "conversions": [{"name": "lawcat", "gate_bias": gate_bias}]}
-    return recipe(f"student-{gate_bias:g}-{seed}", base, runs, seed, stages, model=model)
+    return recipe(f"student-{gate_bias:g}-{seed}", base, runs, seed, data, stages, model=model)
 
 
-def found(run: Path) -> dict[str, float]:
-    """Share of held-out keys found after the run, by length."""
+def found(run: Path) -> list[dict[int, float]]:
+    """Share of held-out keys found at each evaluation of the run, by length."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "eval/passkey" in line][-1]
-    return {str(n): last[f"eval/passkey/{n}"] for n in LENGTHS}
+    return [{n: line[f"eval/passkey/{n}"] for n in LENGTHS} for line in lines if "eval/passkey" in line]
 
 
-def train(plain: dict) -> dict[str, float]:
+def train(plain: dict) -> list[dict[int, float]]:
+    """Run the recipe. Returns what `found` does."""
     from adapt.config import resolve
     from adapt.train.fit import fit
 
-    started = time.process_time()
+    started, run = time.process_time(), Path(plain["run"]["dir"]) / plain["run"]["name"]
     fit(resolve(plain))
-    run = Path(plain["run"]["dir"]) / plain["run"]["name"]
-    shares = ", ".join(f"{n}: {share:.0%}" for n, share in found(run).items())
-    print(f"{plain['run']['name']}: {shares} ({time.process_time() - started:.0f} CPU s)", flush=True)
-    return found(run)
+    for number, shares in enumerate(evaluations := found(run)):
+        print(f"{run.name}, evaluation {number}: " + ", ".join(f"{n}: {share:.0%}" for n, share in shares.items()))
+    print(f"{run.name}: {time.process_time() - started:.0f} CPU s", flush=True)
+    return evaluations
 
 
 def main() -> None:
