@@ -126,14 +126,12 @@ def teacher(runs: Path, seed: int = 0) -> dict:
 
 
 def student(base: Path, runs: Path, gate_bias: float, seed: int = 0) -> dict:
-    """The heads of each layer, then the teacher's distribution, by the whole model; measured before and after either.
-
-    A run evaluates at its end, not at the end of a stage: the first stage goes a step beyond its evaluation."""
+    """The heads of each layer, then the teacher's distribution, by the whole model; measured before and after either."""
     data, steps = texts(runs, base, LENGTH, 2000), 200
     stages = [
         stage(
             "transfer",
-            steps + 1,
+            steps,
             8,
             objective="attention_transfer",
             trainable={"include": ["*.recurrence.*"]},
