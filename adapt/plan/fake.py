@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from adapt.errors import UserError
 from adapt.models import attention
 from adapt.objectives.base import Facts
 from adapt.optim.state_bytes import plain_tensors
+from adapt.plan.work import fact
 from adapt.train.recompute import checkpoint_layers
 from adapt.train.root import Frozen, Root
 from adapt.train.trainable import select
@@ -50,7 +51,8 @@ class Seen:
     bytes: dict[str, int]
     """Collective -> bytes of their full buffers."""
     memory: dict[str, int]
-    """Kind -> bytes at the peak of forward and backward, as torch's tracker names them; `Total` is the peak."""
+    """Kind -> bytes at the peak of forward and backward, as torch's tracker names them; `Total` is the peak. {} where it
+    cannot follow."""
     state: int
     """Bytes of the optimizer's state on rank 0."""
     parameters: int
@@ -117,11 +119,13 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
         inputs = _faked(prepared.inputs, fake)
-        tracker = FSDPMemTracker(root.train())
+        # It cannot follow gradients that are formed on the way forward, as layers that learn in their own place do.
+        follows = fact(recipe.objective, "inside_layers", "") != "created"
+        tracker = FSDPMemTracker(root.train()) if follows else nullcontext()
         with tracker, counted:
             found = root(objective, inputs)
             sum(prepared.terms[n].weight * found[n] for n in prepared.terms).backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")] if follows else {}
     parameters = sum(p.numel() for p in student.parameters())
     memory = {str(k): int(v) for k, v in peak.items()}
     return Seen(dict(counted.counts), dict(counted.bytes), memory, state, parameters, counted.flops)

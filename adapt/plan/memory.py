@@ -96,7 +96,7 @@ def moments(
         "working memory": working(student, c) * tokens,
     }
     of_layers = kept(student, work, setup, rows, layers_only=True)
-    last = of_layers + (full if setup.checkpointing else 0.0)
+    last = of_layers + (full if setup.checkpointing or student.inside == "created" else 0.0)
     if setup.checkpointing == "selective":  # what was kept of it is part of what is there again
         last -= selective_bytes(student, widest, c) * tokens
     found.append(Moment("last layer", held | passing | {"activations": last}))
@@ -137,6 +137,8 @@ def held_bytes(
 def kept(student: PlannedModel, work: Work, setup: Setup, rows: int, *, layers_only: bool = False) -> float:
     """Activations between forward and backward: of every layer that a gradient goes through, or its input alone;
     `layers_only`: without what the last norm and the head keep."""
+    if student.inside == "created":  # their gradients are formed on the way forward
+        return 0.0
     c, s = setup.compute, student.dims
     tokens = rows * work.read
     if setup.checkpointing:

@@ -114,6 +114,8 @@ def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
         found[f"{sent.kind}s"] = (sent.count, seen.counts.get(sent.kind, 0))
         found[f"{sent.kind}, bytes"] = (sent.bytes, seen.bytes.get(sent.kind, 0))
     found["optimizer state, bytes"] = (one.optimizer.state, seen.state)
+    if not seen.memory:
+        return found
     of_one = moments(one.student, one.teacher, one.work, one.optimizer, setup, rows, accumulated=False)
     followed = [sum(v for k, v in m.kinds.items() if k not in ("optimizer", "teacher")) for m in of_one]
     found["memory, bytes"] = (max(followed), seen.memory["Total"])
