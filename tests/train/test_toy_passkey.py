@@ -11,10 +11,10 @@ from benchmarks import toy_passkey
 
 
 @pytest.mark.slow
-def test_invariant_16_toy_passkey(tmp_path, monkeypatch):
+@pytest.mark.timeout(1800)
+def test_invariant_16_toy_passkey(tmp_path):
     """100 texts of 256 tokens, keys that were never trained on: at least 90 % found by the teacher and by the student,
     which has no attention layer left. What it finds at 512 and 1,024 tokens is printed."""
-    monkeypatch.setenv("ADAPT_CACHE", str(tmp_path / "cache"))
     teacher = toy_passkey.train(toy_passkey.teacher(tmp_path))
     assert teacher[0][256] < 0.1, "random weights find nothing"
     assert teacher[-1][256] >= 0.9
