@@ -7,6 +7,9 @@ Everything is the product's: `adapt fit` trains the teacher from random weights 
 tokens), `lawcat` converts both of its layers, `attention_transfer` and `logit_distillation` train the student at 256
 tokens, and the suite `passkey` measures both, at 256 and at lengths that no training row has. Keys of the suite are in
 no training row. The tokenizer is byte-level BPE of the task's own words, numbers digit by digit.
+
+Not every teacher can be converted so fast: that of seed 0 can, the student of another (seed 1) found no key after the
+same 200 steps of distillation, and 44 % of them after 450.
 """
 
 from __future__ import annotations
