@@ -60,6 +60,8 @@ class EvalContext:
     """Opens the model before its conversions and gives what `call` is for it; None where nobody knows it."""
     measured: list[str] = field(default_factory=list)
     """What was measured of models that do not change (others.py): the same list at every evaluation of a run."""
+    say: Callable[[str], None] = lambda text: None
+    """Tells the user what is going on, where it takes long."""
     device: torch.device | str = "cpu"
     seed: int = 0
 

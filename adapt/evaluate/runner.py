@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 log = logging.getLogger("adapt.evaluate")
+LONG = 10.0
+"""Seconds after which an evaluation says what it is at."""
 
 
 def evaluate(choices: Iterable[SuiteChoice], context: EvalContext) -> dict[str, float]:
     """All metrics of the suites, in their order. Collective."""
     results: dict[str, float] = {}
-    for choice in choices:
+    choices, began = list(choices), time.perf_counter()
+    for number, choice in enumerate(choices, 1):
         started = time.perf_counter()
+        if started - began > LONG:
+            context.say(f"evaluating: {choice.name} ({number} of {len(choices)})")
         found = choice.build()(context)
         log.debug("suite %s: %d metrics in %.1f s", choice.name, len(found), time.perf_counter() - started)
         results |= found

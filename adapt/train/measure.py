@@ -47,6 +47,7 @@ def measure(run: _Run, recipe: Recipe, objective: Objective) -> dict[str, float]
         start=state.results.get("before") or ({} if state.step == 0 else None),
         base=partial(base_model, recipe, run.tokenizer, world, run.root.teacher),
         measured=state.measured,
+        say=run.say,
         device=world.device,
         seed=recipe.run.seed,
     )

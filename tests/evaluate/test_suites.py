@@ -245,3 +245,16 @@ def test_forgetting_is_bits_per_byte_above_the_start(model):
     assert later["forgetting/worst"] == max(risen.values())
     assert not [m for m in suite("bpb")(context(model, guards=("one",))) if m.startswith("forgetting")]
     assert not [m for m in suite("bpb")(context(model, start={})) if m.startswith("forgetting")]
+
+
+def test_an_evaluation_that_takes_long_says_what_it_is_at(model, monkeypatch):
+    from adapt.components import SuiteChoice
+    from adapt.config import decode as read
+    from adapt.evaluate import runner
+
+    choices, said = [read(name, SuiteChoice) for name in ("bpb", "accuracy")], []
+    evaluate(choices, context(model, say=said.append))
+    assert said == []
+    monkeypatch.setattr(runner, "LONG", -1.0)
+    evaluate(choices, context(model, say=said.append))
+    assert said == ["evaluating: bpb (1 of 2)", "evaluating: accuracy (2 of 2)"]
