@@ -64,6 +64,8 @@ def fit(resolved: Resolved, resume: str = "no", flag: StopFlag | None = None) ->
         prepare(trainer.deterministic)
         world = worlds.start(trainer.devices, trainer.timeout, flag)
         stack.callback(worlds.stop)
+        if not world.main:  # what rank 0 says of the run is enough
+            logging.getLogger("adapt").setLevel(logging.WARNING)
         folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
         with outcome(folder, world), deterministic(trainer.deterministic), Saver(world) as saver:
             _Run(resolved, folder, world, flag, began, saver).go()

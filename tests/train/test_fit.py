@@ -162,6 +162,7 @@ def test_two_ranks_equal_one_and_resume_on_one(tied, packing, offload, tmp_path)
     two["trainer"] |= {"max_time": None, "microbatch": 1, "mesh": {"offload": offload}}
     done = launch(two, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("attention: ") == 1, "what is true of all ranks is said once"
     runs = tmp_path / "runs"
     a, b = losses(runs / "one"), losses(runs / "two")
     assert a.keys() == b.keys()
