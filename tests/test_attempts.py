@@ -20,6 +20,7 @@ from adapt.distributed import checkpoint
 from adapt.distributed.world import World
 from adapt.errors import StopRequested, Superseded, UserError
 from adapt.export import export_folder
+from adapt.export.weights import Whole
 from adapt.runfolder import RunFolder
 from adapt.train.fit import fit
 from adapt.train.root import Root
@@ -159,7 +160,7 @@ def test_an_orphan_can_write_nothing(old_and_new, tokenizer):
         "checkpoint": lambda: checkpoint.save(old.checkpoints, 1, root, None, {}, HERE, attempt=old.attempt),
         "shard": lambda: checkpoint.save(old.checkpoints, 2, root, None, {}, HERE, attempt=follower),
         "export": lambda: export_folder(
-            root.student, tokenizer, old.export, recipe=resolved.recipe, resolved_yaml="", results={}, provenance={},
+            Whole(root.student), tokenizer, old.export, recipe=resolved.recipe, resolved_yaml="", results={}, provenance={},
             check=old.guard,
         ),
     }  # fmt: skip

@@ -32,9 +32,9 @@ def make_mesh(world: World, mesh: Mesh) -> DeviceMesh:
 
 
 def shard(
-    root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: torch.dtype, offload: bool = False
+    root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: torch.dtype | None, offload: bool = False
 ) -> None:
-    """Shard in place. Master weights keep their dtype, matmuls run in `compute`, gradients are reduced in fp32. `offload`:
+    """Shard in place. Master weights keep their dtype, matmuls run in `compute` (null: as they are), gradients are reduced in fp32. `offload`:
     the shards and their gradients are on the CPU."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     pinned = torch.accelerator.is_available()

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ from adapt.console import printable
 from adapt.errors import Problem, UserError
 from adapt.export.code import write_code
 from adapt.export.pieces import copy_model
-from adapt.export.stock import stock_form
-from adapt.export.verify import compare, reload
-from adapt.pretrained.cache import new_folder
+from adapt.export.weights import Weights
 from adapt.pretrained.provenance import EXPORT_FILE
-from adapt.pretrained.quiet import quiet
 
 CUSTOM_GENERATE = Path(__file__).with_name("custom_generate") / "generate.py"
 MARKER = EXPORT_FILE
@@ -31,7 +29,7 @@ MARKER = EXPORT_FILE
 
 
 def export_folder(
-    model,
+    weights: Weights,
     tokenizer,
     out: Path,
     *,
@@ -43,7 +41,7 @@ def export_folder(
     extra_config: dict[str, Any] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `model` (a plain transformers causal LM on the CPU, adapters merged) as the folder `out`.
+    """Write the model of `weights` as the folder `out`. Collective where the weights are on several ranks.
 
     results: `{"before": {metric: value}, "after": {metric: value}}`, either may be missing.
     manifest: the data's: `{"train": [...], "eval": {label: ...}}`, one entry per dataset (adapt.data.prepare).
@@ -54,29 +52,24 @@ def export_folder(
         config.json and generation_config.json.
     check: called before the folder is begun and before it takes its place; raises where it may not.
     """
-    from safetensors import SafetensorError
-
-    from adapt.export.model_card import model_card
-
     out = Path(out)
-    _refuse_foreign(out)
-    check()
+    new = out.with_name(f"{out.name}.new")
     if manifest is not None:
         provenance = {**provenance, "data": _datasets(manifest)}
     extra_config = dict(extra_config or {})
-    stock = stock_copy(stock_form(model, recipe.export.target), recipe.export.dtype, extra_config)
-    if len(tokenizer) > stock.config.vocab_size:
-        raise UserError(
-            Problem(
-                "tokenizer.path",
-                f"{len(tokenizer)} tokens, but the model has {stock.config.vocab_size} embedding rows",
-            )
-        )
-    shutil.rmtree(out.with_name(f"{out.name}.new"), ignore_errors=True)  # of an export that was killed
-    try:
-        with new_folder(out.with_name(f"{out.name}.new")) as folder:
-            with quiet():
-                stock.save_pretrained(folder)
+
+    def begin() -> None:
+        _refuse_foreign(out)
+        check()
+        shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+
+    def fits() -> None:
+        if len(tokenizer) > stock.config.vocab_size:
+            what = f"{len(tokenizer)} tokens, but the model has {stock.config.vocab_size} embedding rows"
+            raise UserError(Problem("tokenizer.path", what))
+
+    def around() -> None:
+        with letter(out):
             tokenizer.save_pretrained(folder)
             copy_model(tokenizer, folder)
             _tidy(folder, extra_config, getattr(stock.config, "mask_token_id", None))
@@ -84,74 +77,59 @@ def export_folder(
             if "mask_token_id" in extra_config:  # it decodes by block diffusion where adapt is not installed, too
                 (folder / "custom_generate").mkdir()
                 shutil.copyfile(CUSTOM_GENERATE, folder / "custom_generate" / CUSTOM_GENERATE.name)
-            compared = compare(reload(folder, recipe.export.dtype), stock, trained=model, tokenizer=tokenizer)
-            record = {
-                "export": {"target": recipe.export.target, **compared},
-                "results": results,
-                **provenance,
-                "generation": extra_config,
-            }
+
+    def describe() -> None:
+        from adapt.export.model_card import model_card
+
+        record = {
+            "export": {"target": recipe.export.target, **compared},
+            "results": results,
+            **provenance,
+            "generation": extra_config,
+        }
+        card = model_card(
+            recipe=recipe,
+            resolved_yaml=resolved_yaml,
+            results=results,
+            provenance=provenance,
+            config=stock.config,
+            extra=extra_config,
+            check=compared,
+            chat=tokenizer.chat_template is not None,
+        )
+        with letter(out):
             (folder / MARKER).write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
             (folder / "recipe.yaml").write_text(resolved_yaml)
-            card = model_card(
-                recipe=recipe,
-                resolved_yaml=resolved_yaml,
-                results=results,
-                provenance=provenance,
-                config=stock.config,
-                extra=extra_config,
-                check=compared,
-                chat=tokenizer.chat_template is not None,
-            )
             (folder / "README.md").write_text(printable(card))
             _forget_place(folder)
+
+    weights.alone(begin)
+    stock = weights.stock(recipe.export, extra_config)
+    weights.alone(fits)
+    with letter(out), weights.folder(new) as folder:
+        weights.write(folder, stock)
+        weights.alone(around)
+        compared = weights.compare(folder, stock, tokenizer)
+        weights.alone(describe)
+    weights.alone(lambda: (check(), _swap(new, out)))
+    return out
+
+
+@contextmanager
+def letter(out: Path) -> Iterator[None]:
+    """What the disk says, as a letter to the user."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, SafetensorError) as error:  # safetensors has its own exception for a full disk
         reason = getattr(error, "strerror", None) or error
         raise UserError(Problem("export", f"{out} cannot be written: {reason}; nothing was left behind")) from error
-    check()
-    _swap(out.with_name(f"{out.name}.new"), out)
-    return out
 
 
 def _datasets(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     held_out = [{"name": label, **entry} for label, entry in manifest.get("eval", {}).items()]
     return [{**e, "use": "train"} for e in manifest.get("train", [])] + [{**e, "use": "eval"} for e in held_out]
-
-
-def stock_copy(model, dtype: str, extra_config: dict[str, Any]):
-    """The same weights in `dtype` (those the class keeps in float32 stay there), in a fresh module of the stock class with a clean config; shares what needs no
-    cast. (`model.to(dtype)` would round the RoPE frequencies, which loading keeps in float32.)"""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "quantization_config", "dtype")
-    }
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    for key, value in extra_config.items():
-        setattr(config, key, value)
-    torch_dtype = getattr(torch, dtype)
-    config.dtype = torch_dtype
-    with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation="sdpa")
-    wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    state = {
-        name: w.detach().to(torch.float32 if any(part in wide for part in name.split(".")) else torch_dtype)
-        for name, w in model.state_dict().items()
-    }
-    missing, unexpected = stock.load_state_dict(state, strict=False, assign=True)
-    stock.tie_weights()
-    if wrong := [*unexpected, *(k for k in missing if dict(stock.named_parameters())[k].is_meta)]:
-        names = ", ".join(wrong[:5])
-        raise RuntimeError(f"not a plain {type(stock).__name__}: {names} (adapters that were not merged?)")
-    theirs = dict(model.named_buffers())
-    for name, buffer in list(stock.named_buffers()):
-        if buffer.is_meta:  # RoPE frequencies: not part of the state dict
-            owner, _, leaf = name.rpartition(".")
-            setattr(stock.get_submodule(owner), leaf, theirs[name].detach().clone())
-    if model.generation_config is not None:
-        stock.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
-    return stock.eval()
 
 
 def _tidy(folder: Path, extra_config: dict[str, Any], mask: int | None) -> None:

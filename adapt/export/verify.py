@@ -32,6 +32,18 @@ def reload(folder: Path, dtype: str):
         return loader.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
 
 
+def outline(folder: Path, dtype: str):
+    """What `reload` gives, with its parameters on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own, kind = own_class(folder), {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    with torch.device("meta"), quiet():
+        if own is not None:
+            return own._from_config(own.config_class.from_pretrained(folder), **kind).eval()
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **kind).eval()
+
+
 def compare(reloaded, stock, *, trained, tokenizer) -> dict[str, Any]:
     """Raises RuntimeError unless all three agree; returns what was measured. `stock`: the cast copy written."""
     import torch
@@ -42,37 +54,41 @@ def compare(reloaded, stock, *, trained, tokenizer) -> dict[str, Any]:
         raise RuntimeError(f"the export loads with other weights: {', '.join(sorted(theirs.keys() ^ ours.keys())[:5])}")
     if wrong := [name for name, weight in ours.items() if not torch.equal(weight, theirs[name])]:
         raise RuntimeError(f"the export changed {len(wrong)} weights, the first is {wrong[0]}")
-    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : stock.config.max_position_embeddings]
+    ids = ids_of(tokenizer, stock.config)
     with torch.inference_mode():
-        reference = _logits(trained, ids)
-        written, again = _logits(stock, ids), _logits(reloaded, ids)
+        reference = logits(trained, ids)
+        written, again = logits(stock, ids), logits(reloaded, ids)
     off = float((again - written).abs().max() / written.abs().max())
-    drift = float((written - reference).norm() / reference.norm())
-    agree = float((written.argmax(-1) == reference.argmax(-1)).float().mean())
     if not off <= TOLERANCE[dtype]:
         raise RuntimeError(f"the export's logits differ by {off:.1e} of the largest (tolerance {TOLERANCE[dtype]:.0e})")
-    if not drift <= ROUNDING[dtype]:
+    found = closeness(written, reference, dtype, ROUNDING[dtype])
+    return found | {"reload_difference": off} | cache_bytes(reloaded, ids)
+
+
+def ids_of(tokenizer, config):
+    """[1, T]: a fixed text, within the model's positions."""
+    return tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : config.max_position_embeddings]
+
+
+def closeness(written, reference, dtype: str, tolerance: float) -> dict[str, Any]:
+    """Logits [1, T, V] of the folder, which is in `dtype`, against those of the trained model. Raises RuntimeError where they
+    are further apart than rounding explains."""
+    drift = float((written - reference).norm() / reference.norm())
+    agree = float((written.argmax(-1) == reference.argmax(-1)).float().mean())
+    if not drift <= tolerance:
         raise RuntimeError(
             f"the export is not the trained model: its logits are {drift:.1%} away, where rounding to {dtype} explains "
-            f"{ROUNDING[dtype]:.1%}"
+            f"{tolerance:.1%}"
         )
-    growing, fixed = cache_bytes(reloaded, ids)
-    return {
-        "dtype": dtype,
-        "reload_difference": off,
-        "rounding_difference": drift,
-        "same_top_token": agree,
-        "cache_bytes_per_token": growing,
-        "state_bytes": fixed,
-    }
+    return {"dtype": dtype, "rounding_difference": drift, "same_top_token": agree}
 
 
-def cache_bytes(model, ids) -> tuple[float, float]:
-    """What decoding a row really keeps: bytes per token, and bytes besides. ids [1, T], T at least 2."""
+def cache_bytes(model, ids) -> dict[str, float]:
+    """What decoding a row really keeps: bytes per token, and bytes besides (state). ids [1, T], T at least 2."""
     import torch
 
     def held(length: int) -> int:
-        with torch.inference_mode():
+        with torch.no_grad():
             cache = model(ids[:, :length].to(model.device), use_cache=True).past_key_values
         kept = [value for layer in cache.layers for value in vars(layer).values()]
         kept = [t for value in kept for t in (value.values() if isinstance(value, dict) else [value])]
@@ -80,10 +96,10 @@ def cache_bytes(model, ids) -> tuple[float, float]:
 
     half = ids.shape[1] // 2
     growing = (held(2 * half) - held(half)) / half
-    return growing, held(half) - half * growing
+    return {"cache_bytes_per_token": growing, "state_bytes": held(half) - half * growing}
 
 
-def _logits(model, ids):
+def logits(model, ids):
     """[B, T, V] fp32, with stock causal attention, whatever the model was trained with."""
     attention, training = model.config._attn_implementation, model.training
     try:

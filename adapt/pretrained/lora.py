@@ -89,12 +89,14 @@ def start_of(name: str, shape, seed: int):
 
 
 def merge_lora(model):
-    """Fold the adapters into the weights and take them out again, in place: for export."""
+    """Fold the adapters into the weights and take them out again, in place: for export. What is on the meta device just
+    gets the shape."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
+            if not module.get_base_layer().weight.is_meta:
+                module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):

@@ -117,27 +117,13 @@ def facts_of(recipe: Recipe, model: nn.Module, tokenizer) -> Facts:
     )
 
 
-def whole_student(
-    recipe: Recipe, tokenizer, root: Root, world: World, decided: dict[str, Any] | None = None
-) -> nn.Module | None:
-    """The trained student as a plain CPU model with adapters merged, on rank 0 (None elsewhere). Collective.
-    `decided`: what it was built with (build_student)."""
+def whole_student(recipe: Recipe, root: Root) -> nn.Module:
+    """The trained student of a single process as a plain CPU model with adapters merged."""
     import copy
-
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     from adapt.pretrained.lora import merge_lora
 
-    if world.grouped:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(root, options=options)
-        weights = {n.removeprefix("student."): w for n, w in weights.items() if n.startswith("student.")}
-        if not world.main:
-            return None
-        model = build_student(recipe, copy.deepcopy(tokenizer), decided)
-        model.load_state_dict(weights)
-    else:
-        model = copy.deepcopy(root.student).cpu()
+    model = copy.deepcopy(root.student).cpu()
     model = merge_lora(model) if recipe.trainable.lora is not None else model
     model.activation_checkpointing_disable()
     model.config.use_cache = True

@@ -12,6 +12,7 @@ from adapt.console import printable
 from adapt.distributed import checkpoint, healthy
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
+from adapt.export.weights import Weights, Whole
 from adapt.objectives.base import Objective
 from adapt.runfolder import RunFolder
 from adapt.train import interpolate
@@ -28,8 +29,10 @@ def decoding_fields(recipe: Recipe, objective: Objective) -> dict[str, Any]:
     return fields | {"threshold": threshold} if "threshold" in fields and threshold is not None else fields
 
 
-def export(folder: RunFolder, resolved: Resolved, model, tokenizer, results, fields: dict[str, Any], to: Path) -> Path:
-    """The Hugging Face folder of a finished run."""
+def export(
+    folder: RunFolder, resolved: Resolved, weights: Weights, tokenizer, results, fields: dict[str, Any], to: Path
+) -> Path:
+    """The Hugging Face folder of a finished run. Collective where the weights are on several ranks."""
     import json
 
     from adapt.export.folder import export_folder
@@ -38,7 +41,7 @@ def export(folder: RunFolder, resolved: Resolved, model, tokenizer, results, fie
     manifest = folder.path / "data.json"
     data = json.loads(manifest.read_text()) if manifest.is_file() else {"train": [], "eval": {}}
     return export_folder(
-        model,
+        weights,
         tokenizer,
         to,
         recipe=resolved.recipe,
@@ -76,9 +79,9 @@ def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
         print(f"exporting {done}")
         if found.get("of") == saved.name:
             results |= {"interpolation": found, "after": interpolate.taken(found)}
-    model = whole_student(recipe, tokenizer, root, world)
+    weights = Whole(whole_student(recipe, root))
     fields = decoding_fields(recipe, recipe.objective.build(facts))
-    print(printable(str(export(folder, resolved, model, tokenizer, results, fields, Path(to)))))
+    print(printable(str(export(folder, resolved, weights, tokenizer, results, fields, Path(to)))))
     return 0
 
 

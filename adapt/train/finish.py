@@ -3,17 +3,19 @@ so a signal ends it at once, and a resumed run makes it again."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapt.config.schema import Recipe
 from adapt.distributed import checkpoint
-from adapt.distributed import world as worlds
+from adapt.export.weights import Whole
 from adapt.train import interpolate
 from adapt.train.build import facts_of, whole_student
 from adapt.train.deliver import decoding_fields, export, print_table, show_end
 from adapt.train.measure import measure
 from adapt.train.root import look
+from adapt.train.shards import Shards
 from adapt.train.signals import stop_point
 
 if TYPE_CHECKING:
@@ -34,13 +36,14 @@ def finish(run: _Run, recipe: Recipe) -> None:
     if recipe.export.interpolation is not None:
         results = results | _interpolate(run, recipe, objective)
     stop_point(run.flag, run.world, WHERE)
-    model = whole_student(recipe, run.tokenizer, run.root, run.world, run.state.decided)
     # The export comes first: a prompt that cannot be decoded must not cost it.
-    worlds.on_main(
-        run.world,
-        lambda: export(folder, run.resolved, model, run.tokenizer, results, fields, folder.export),
-        run.flag,
-    )
+    with run.flag.at_once(WHERE) if run.world.size == 1 else nullcontext():
+        weights = (
+            Shards(run.root, recipe, run.world, run.flag)
+            if run.world.grouped
+            else Whole(whole_student(recipe, run.root))
+        )
+        export(folder, run.resolved, weights, run.tokenizer, results, fields, folder.export)
     samples = _samples(run, recipe)
     if run.world.main:
         folder.write_json("samples.json", samples)

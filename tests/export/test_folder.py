@@ -13,7 +13,8 @@ from adapt.config.schema import Lora
 from adapt.conversion.base import apply_conversions
 from adapt.errors import UserError
 from adapt.export import export_folder
-from adapt.export import folder as module
+from adapt.export import weights as module
+from adapt.export.weights import Whole
 from adapt.pretrained import base_provenance, check_base, load_model
 from adapt.pretrained.lora import add_lora, merge_lora
 from tests import tiny
@@ -52,7 +53,7 @@ MANIFEST = {
 
 def export(out, model=None, *, dtype="float32", tokenizer=None, **kwargs):
     return export_folder(
-        tiny.tiny_model() if model is None else model,
+        Whole(tiny.tiny_model() if model is None else model),
         tokenizer or tiny.tiny_tokenizer(),
         out,
         recipe=recipe("HuggingFaceTB/SmolLM2-135M-Instruct", dtype=dtype, **kwargs),

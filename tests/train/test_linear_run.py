@@ -15,6 +15,7 @@ from adapt.config import resolve
 from adapt.errors import UserError
 from adapt.export.code import needed
 from adapt.export.folder import export_folder
+from adapt.export.weights import Whole
 from adapt.generation.load import open_model
 from adapt.models import modeling_adapted
 from adapt.train.fit import fit
@@ -167,7 +168,7 @@ def test_what_a_conversion_made_stays_float32(run, base, tmp_path, tokenizer):
     """In a bfloat16 export: decays and convolutions are few, and small steps of a decay are large in memory."""
     recipe = resolve(linear_recipe(base, tmp_path, export={"dtype": "bfloat16"})).recipe
     out = export_folder(
-        open_model(str(run)).model, tokenizer, tmp_path / "out", recipe=recipe, resolved_yaml="", results={}, provenance={}
+        Whole(open_model(str(run)).model), tokenizer, tmp_path / "out", recipe=recipe, resolved_yaml="", results={}, provenance={}
     )  # fmt: skip
     found = load_file(out / "model.safetensors")
     assert {w.dtype for n, w in found.items() if ".recurrence." in n} == {torch.float32}
