@@ -14,8 +14,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,7 +51,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=20
+KillWait=60
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
@@ -85,6 +86,13 @@ class Cluster:
         )
         clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environment = clean | {"SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+        # Ends it when this process is gone, however that came: the pipe is closed then. Ctrl-C is not for it.
+        self.guard = subprocess.Popen(
+            [sys.executable, "-m", "tests.slurm.cluster", str(config)],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             self.run("slurmctld", "-i")
             self.until(lambda: "is UP" in self.run("scontrol", "ping", check=False))
@@ -141,27 +149,18 @@ class Cluster:
         except (OSError, ValueError):
             return None
 
-    def lose(self, node: str) -> None:
-        """As when its power goes: the daemon, and every process of jobs on it, killed at once."""
-        pid = self.pid(node)
-        os.kill(pid, signal.SIGKILL)
-        for process in self.processes(node):
-            os.kill(process, signal.SIGKILL)
+    def lose(self, node: str, spare: Collection[int] = ()) -> None:
+        """As when its power goes: the daemon, and every process of jobs on it, killed at once. `spare`: processes that
+        live on, as they do where the network goes."""
+        tasks = self.processes(node)
+        gone = {self.pid(node), *tasks, *filter(None, map(_step_of, tasks))} - set(spare)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none may tell of the others' end
+            for pid in gone:
+                _send(pid, number)
 
-    def processes(self, node: str = "") -> list[int]:
-        """Of jobs' tasks on that node; "": every process of this cluster, daemons among them."""
-        import psutil
-
-        found = []
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            try:
-                environment = process.environ()
-            except psutil.Error:
-                continue
-            mine = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if mine and node in ("", environment.get("SLURMD_NODENAME")):
-                found.append(process.pid)
-        return found
+    def processes(self, node: str) -> list[int]:
+        """Of jobs' tasks on that node."""
+        return [pid for pid, its in _processes(self.environment["SLURM_CONF"]) if its == node]
 
     def log(self) -> str:
         files = sorted((self.folder / "log").glob("*.log"))
@@ -180,8 +179,43 @@ class Cluster:
         self.until(self.idle)
 
     def stop(self) -> None:
-        for process in self.processes():
-            _kill(process)
+        _end(self.environment["SLURM_CONF"])
+        self.guard.communicate()
+
+
+def _processes(config: str) -> list[tuple[int, str | None]]:
+    """Every process of a cluster, and the node of those that belong to jobs."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("SLURM_CONF") == config:
+                found.append((process.pid, environment.get("SLURMD_NODENAME")))
+    return found
+
+
+def _step_of(task: int) -> int | None:
+    """The slurmstepd that started a task: it hides its environment."""
+    import psutil
+
+    with suppress(psutil.Error):
+        parent = psutil.Process(task).parent()
+        if parent is not None and "slurmstepd" in " ".join(parent.cmdline()):
+            return parent.pid
+    return None
+
+
+def _end(config: str) -> None:
+    """Kill all of it, and what was being started meanwhile. slurmstepd ends with its tasks."""
+    for _ in range(100):
+        found = [pid for pid, _ in _processes(config)]
+        for pid in {*filter(None, map(_step_of, found)), *found}:
+            _send(pid, signal.SIGKILL)
+        if not found:
+            return
+        time.sleep(0.1)
 
 
 def _lives(pid: int) -> bool:
@@ -190,9 +224,9 @@ def _lives(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def _kill(pid: int) -> None:
+def _send(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def free_ports(count: int) -> list[int]:
@@ -203,3 +237,8 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+if __name__ == "__main__":
+    sys.stdin.buffer.read()
+    _end(sys.argv[1])

@@ -4,9 +4,12 @@ would have been."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,7 @@ CALLS = 10
 PHASES = {
     "data preparation": (build._Preparation, "write", 1, None),
     "reading weights": (fit, "build_root", 1, None),
+    "leak probe": (fit, "leak_probe", 1, None),
     "dry run": (probe, "gradients", 1, None),
     "evaluation of the start": (measure, "look", 2, 0),
     "evaluation in the middle": (measure, "look", 1 + CALLS + 2, 2),
@@ -177,3 +181,43 @@ def test_two_ranks_agree_when_one_is_asked_in_an_evaluation(tmp_path):
     second = subprocess.run([sys.executable, "-m", "adapt", *fit_it], cwd=ROOT, env=environment, capture_output=True)
     assert second.returncode == 0
     assert sorted(losses(tmp_path / "runs" / "two")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler: apt-get install g++")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_signal_while_layers_are_compiled_ends_it(devices, tmp_path):
+    """The compiler's processes get it as well, which is how SLURM sends it without cgroups."""
+    import psutil
+
+    made = tiny_recipe(tiny.save_tiny(tmp_path / "base"), tmp_path, trainer={"compile": True, "devices": devices})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(made))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    command = [sys.executable, "-m", "adapt", "fit", "-c", str(path)]
+    with open(tmp_path / "told", "w") as told:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=told)
+
+        def family() -> list[psutil.Process]:
+            return [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+
+        def compiles() -> bool:
+            try:
+                return any(child.name() == "cc1plus" for child in family())
+            except psutil.Error:
+                return False
+
+        try:
+            while not compiles():
+                assert process.poll() is None, (tmp_path / "told").read_text()
+                time.sleep(0.02)
+            for one in family():
+                with suppress(psutil.Error):
+                    one.send_signal(signal.SIGUSR1)
+            code = process.wait(300)
+        finally:
+            process.kill()
+    text = (tmp_path / "told").read_text()
+    assert code == 75, text
+    assert "stopped on request (SIGUSR1)" in text
+    assert "nothing was to be saved" in text or "there was nothing to save" in text
