@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "trainer.mesh",
     "trainer.devices",
     "trainer.timeout",
+    "trainer.start_timeout",
     "trainer.microbatch",
     "trainer.deterministic",
     "trainer.non_finite",

@@ -62,9 +62,10 @@ def fit(resolved: Resolved, resume: str = "no", flag: StopFlag | None = None) ->
             _quiet()
         trainer = resolved.recipe.trainer
         prepare(trainer.deterministic)
-        world = worlds.start(trainer.devices, trainer.timeout, flag)
+        world = worlds.start(trainer.devices, trainer.timeout, flag, trainer.start_timeout)
         stack.callback(worlds.stop)
-        folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
+        with worlds.naming_the_lost(world.watch):
+            folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
         with outcome(folder, world), deterministic(trainer.deterministic), Saver(world) as saver:
             _Run(resolved, folder, world, flag, began, saver).go()
     return 0
