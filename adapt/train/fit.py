@@ -115,6 +115,8 @@ class _Run:
         folder.follow_attempt(generation)
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
+            if self.state.stage >= (stages := len(self.resolved.stages)):
+                raise UserError(f"{self.resume_from} is of stage {self.state.stage + 1}; this recipe has {stages}")
         self.state.decided = self.decided
         if world.main:
             from adapt.train.loggers import build_loggers
