@@ -27,7 +27,6 @@ from adapt.distributed.checkpoint import Reader
 from adapt.distributed.checksums import put, put_sums, sync_folder
 from adapt.errors import Problem, UserError
 
-
 UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError, EOFError)
 """What torch raises for files that do not hold what the index says."""
 
