@@ -259,6 +259,40 @@ def test_a_pickle_in_a_data_set_is_not_run(suffix, tiny_base, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("tag", ["", "{% generation %}x{% endgeneration %}"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "cycler.__init__.__globals__.os.mkdir('{mark}')",
+        "''.__class__.__mro__[1].__subclasses__()",
+        "messages.append({{}})",
+        "raise_exception.__globals__['os'].mkdir('{mark}')",
+        "'{title}'",
+    ],
+)
+def test_a_chat_template_is_no_program(way, tag, tiny_base, tmp_path, capfd):
+    """A tokenizer's template is Jinja, from whoever made the base."""
+    base, mark = tmp_path / "evil", tmp_path / "mark"
+    shutil.copytree(tiny_base, base)
+    calls = way.format(mark=mark, title=TITLE)
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}" + tag + "{{ " + calls + " }}"
+    )
+    chats = [{"messages": [{"role": "user", "content": "a page"}, {"role": "assistant", "content": "reads"}]}] * 20
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    recipe = tiny_recipe(base, tmp_path, trainer={"steps": 1, "batch_tokens": 256})
+    recipe["data"]["train"] = [
+        {"source": {"name": "jsonl", "path": str(tmp_path / "chats.jsonl")}, "name": "chats"},
+        *recipe["data"]["train"],
+    ]
+    with (
+        suppress(UserError) if TITLE in calls else pytest.raises(UserError, match="refuses it: access to .* is unsafe")
+    ):
+        fit(resolve(recipe))
+    assert not mark.exists()
+    assert not [c for c in CONTROL.findall("".join(capfd.readouterr())) if c != "\r"]
+
+
 def test_names_in_a_wheel_are_names_only(tmp_path):
     """Members that climb out of the archive are read under their names; nothing is unpacked by them."""
     cache, wheel = tmp_path / "a" / "cache", Wheel("evil", "1.0", "0" * 64)
