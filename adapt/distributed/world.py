@@ -142,9 +142,14 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+class Failed(RuntimeError):
+    """Of `together`: the work failed on a rank, as all of them know. None is missing."""
+
+
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """What `work` returns on every rank (something small that can be pickled), when all are done. Where any of them fails,
-    all do: with the error itself on its own rank, with a RuntimeError that quotes it on the others. Collective."""
+    all do: with the error itself on its own rank (of a plain RuntimeError, a Failed), with a Failed that quotes it on the
+    others. Collective; another RuntimeError means that a rank is missing."""
     try:
         mine: tuple[Any, Exception | None] = work(), None
     except Exception as error:
@@ -154,11 +159,13 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     else:
         told = [(None, None)] * dist.get_world_size(group)
         dist.all_gather_object(told, (mine[0], mine[1] and f"rank {dist.get_rank()}: {mine[1]}"), group)
+    if type(mine[1]) is RuntimeError:
+        raise Failed(str(mine[1])) from mine[1]
     if mine[1] is not None:
         raise mine[1]
     for _, error in told:
         if error is not None:
-            raise RuntimeError(error)
+            raise Failed(error)
     return [result for result, _ in told]
 
 
