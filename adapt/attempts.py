@@ -26,6 +26,8 @@ from adapt.console import say
 from adapt.errors import Problem, Superseded, UserError
 
 FOLDER = "attempts"
+KINDS = dict.fromkeys(("pid", "slurm_restarts", "from_step", "step", "code"), (int,)) | {"process_began": (int, float)}
+"""What a record holds; the run folder, and so the record, may be anybody's."""
 BEAT = 10.0
 """Seconds between two signs of life."""
 SILENT = 60.0
@@ -153,10 +155,11 @@ def _over(place: Path, generation: int, record: Mapping[str, Any]) -> str:
         return "it had ended"
     own = me()
     job = own.get("slurm_job")
-    if job is not None and job == record.get("slurm_job") and own["slurm_restarts"] > record["slurm_restarts"]:
+    if job is not None and job == record.get("slurm_job") and own["slurm_restarts"] > record.get("slurm_restarts", 0):
         return "SLURM had started the job again"
     if all(record.get(key) == own[key] for key in ("host", "kernel")):
-        if record["pid"] == own["pid"] or not _runs(record["pid"], record["process_began"]):
+        pid = record.get("pid", 0)
+        if pid == own["pid"] or not _runs(pid, record.get("process_began", 0.0)):
             return "its process was gone"
     elif _is_silent(place, generation, record):
         return f"it was silent for {SILENT:.0f} s"
@@ -188,7 +191,7 @@ def _runs(pid: int, began: float) -> bool:
     try:
         process = psutil.Process(pid)
         return abs(started(pid) - began) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # or a number that no process has
         return False
 
 
@@ -221,9 +224,11 @@ def _begun(place: Path, generation: int) -> dict[str, Any]:
 def _read(place: Path, generation: int) -> dict[str, Any]:
     try:
         found = json.loads((place / f"{generation}.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):  # just created, or never written
+    except (OSError, ValueError, RecursionError):  # just created, or never written
         return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if type(value) in KINDS.get(key, (type(value),))}
 
 
 def _kernel() -> str:

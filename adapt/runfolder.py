@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "trainer.mesh",
     "trainer.devices",
     "trainer.timeout",
+    "trainer.start_timeout",
     "trainer.microbatch",
     "trainer.deterministic",
     "trainer.non_finite",
@@ -65,6 +66,14 @@ class RunFolder:
         A run that came to an end before its first step and checkpoint has not started, and may be started again."""
         path = Path(resolved.recipe.run.dir) / resolved.recipe.run.name
         exists = (path / CONFIG).is_file()
+        if exists and (links := _links(path)):
+            raise UserError(
+                Problem(
+                    "run.name",
+                    f"{path} holds links to files elsewhere: {', '.join(links[:5])}. A run writes to its files, and would write to what "
+                    f"these lead to; put the files themselves there, or delete the links",
+                )
+            )
         started = any((path / "checkpoints").glob("step-*")) or _logged(path / METRICS)
         if (
             resume == "no"
@@ -297,6 +306,14 @@ def _cpu_name() -> str:
         return found[1].strip() if found else platform.processor()
     except OSError:
         return platform.processor()
+
+
+def _links(run: Path) -> list[str]:
+    """Links out of the run folder that a run would write through. Folders may be on another disk, and checkpoints are
+    read only."""
+    links = [p for p in run.rglob("*") if p.is_symlink() and not p.is_dir()]
+    out = [p.relative_to(run) for p in links if not p.resolve().is_relative_to(run.resolve())]
+    return sorted(str(name) for name in out if not name.match("checkpoints/*step-*/*"))
 
 
 def _may_change(key: str) -> bool:

@@ -2,13 +2,14 @@
 
     python benchmarks/faults.py --runs 9 --kills 12 --seed 1      # of each kind of run
 
-A line per run as it is done, then the table. The loop is that of tests/faults, of other moments for another seed.
+Of `ranks` one of two is killed; the other has to notice. A line per run as it is done, then the table. The loop is that of tests/faults, of other moments for another seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -36,12 +37,21 @@ def main() -> None:
             for tally in kill(warm, kind, base, Path(place), rng, runs=args.runs, kills=args.kills):
                 total[kind] += tally
                 print(f"{kind} {total[kind].runs}: {total[kind]}", file=sys.stderr, flush=True)
-    print("| run | " + " | ".join(NAMES) + " | kills | runs | lost | different | left behind |")
-    print("|---|" + "---|" * (len(NAMES) + 5))
+    print(
+        "| run | "
+        + " | ".join(NAMES)
+        + " | kills | runs | lost | different | left behind | not noticed | noticed after |"
+    )
+    print("|---|" + "---|" * (len(NAMES) + 7))
     for kind, tally in total.items():
         hits = " | ".join(str(tally.kills[name]) for name in NAMES)
         ends = " | ".join(str(len(found)) for found in (tally.lost, tally.different, tally.left))
-        print(f"| {kind} | {hits} | {tally.num_kills} | {tally.runs} | {ends} |")
+        noticed = f"{len(tally.unnoticed)} | {spread(tally.seconds)}" if tally.seconds else "- | -"
+        print(f"| {kind} | {hits} | {tally.num_kills} | {tally.runs} | {ends} | {noticed} |")
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.1f} s (at most {max(seconds):.1f} s)"
 
 
 if __name__ == "__main__":

@@ -232,6 +232,8 @@ class Trainer:
     timeout: int = 600
     """Seconds that ranks wait for each other within a step. After that the run ends (exit 71) and names the rank that did
     not arrive; one that died is noticed within a minute."""
+    start_timeout: int = 180
+    """Seconds that ranks wait for all of them to start. After that those that are there end (exit 71) and name the others."""
     mesh: Mesh = field(default_factory=Mesh)
     """How ranks are arranged."""
 

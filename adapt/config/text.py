@@ -53,8 +53,29 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.r
 Dumper.ignore_aliases = lambda *_: True
 
 
+DEPTH, VALUES = 64, 200_000
+"""At most so deep, and so many, aliases written out: one that holds itself, or doubles the one before, is no recipe."""
+
+
 def read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader)
+    """Raises yaml.YAMLError."""
+    try:
+        data = yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested more than {DEPTH} levels deep") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # PyYAML's, for `!!int x`, `!!bool x`
+        raise yaml.YAMLError(f"a value is not what its tag says: {error}") from None
+    todo, seen = [(data, 0)], 0
+    while todo:
+        value, depth = todo.pop()
+        seen += 1
+        if depth > DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {DEPTH} levels deep")
+        if seen > VALUES:
+            raise yaml.YAMLError(f"it has more than {VALUES:,} values, with its aliases written out")
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        todo += [(inner, depth + 1) for inner in held]
+    return data
 
 
 def write_yaml(data: Any) -> str:

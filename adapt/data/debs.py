@@ -26,7 +26,7 @@ HEADER = 60
 """Bytes of an ar member's header: name 16, date 12, owner 6, group 6, mode 8, size 10, end mark 2."""
 MAX_FILE = 64 * 2**20
 """Bytes of one file, unpacked; larger ones are passed over."""
-UNPACK = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+UNPACK = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, ValueError)
 
 
@@ -57,8 +57,11 @@ def _files(deb: Path, part: str, patterns: tuple[str, ...] = ("*",)) -> Iterator
                 name = member.name.removeprefix("./")
                 if member.isfile() and member.size <= MAX_FILE and any(fnmatchcase(name, p) for p in patterns):
                     data = tar.extractfile(member).read()
-                    unpack = UNPACK.get(Path(name).suffix)
-                    yield name, unpack(data) if unpack else data
+                    if unpack := UNPACK.get(Path(name).suffix):
+                        with unpack(io.BytesIO(data)) as packed:
+                            data = packed.read(MAX_FILE + 1)
+                    if len(data) <= MAX_FILE:
+                        yield name, data
     except BROKEN as error:
         raise UserError(f"{deb}: cannot be read: {error}; remove it, and it is fetched again") from None
 

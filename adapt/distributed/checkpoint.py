@@ -2,14 +2,13 @@
 
 A checkpoint is a folder `step-N` with the sharded tensors, `state.json` (the numbers) and the sums of its files. It is
 written under another name and renamed when complete on all ranks. Only tensors go through DCP, so nothing in it needs unpickling but DCP's
-own index, which is read through an allow-list.
+own index (adapt.distributed.index).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from adapt.attempts import Attempt
 from adapt.distributed.checksums import SummingWriter, damage_of, put, put_sums, sync_folder
+from adapt.distributed.index import Reader
 from adapt.distributed.world import World, together
 from adapt.errors import UserError
 from adapt.optim.suite import algorithms, restart
@@ -104,12 +104,12 @@ def write(
         return writer.sums | {name: put(partial / name, text) for name, text in texts.items()}
 
     try:
-        together(lambda: shutil.rmtree(partial, ignore_errors=True) if world.main else None, group)
+        together(lambda: _remove(partial) if world.main else None, group)
         shares = together(write_share, group)
         together(lambda: _finish(made, shares, then) if world.main else None, group)
     except (OSError, RuntimeError) as failure:
         if world.main:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         raise UserError(
             f"the checkpoint of step {made.step} could not be written to {made.final.parent}: {failure}\n"
             f"The checkpoints before it are intact. Make room (or point run.dir elsewhere) and go on with --resume."
@@ -133,13 +133,21 @@ def _finish(made: Draft, shares: list[dict[str, str]], then: Callable[[], None])
     sync_folder(partial)
     made.check()
     replaced = final.with_name(f".replaced-{final.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     if final.exists():  # moved aside, not deleted: between any two of these lines one of them is whole
         os.replace(final, replaced)
     os.replace(partial, final)
     sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     then()
+
+
+def _remove(path: Path) -> None:
+    """A folder and what is in it; of a link (run folders come from elsewhere, too) the link only."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
@@ -147,11 +155,11 @@ def recover(folder: Path) -> None:
     for replaced in folder.glob(".replaced-step-*"):
         final = folder / replaced.name.removeprefix(".replaced-")
         if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
         else:
             os.replace(replaced, final)
     for partial in folder.glob(".partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None, *, verify: bool = True) -> None:
@@ -179,8 +187,8 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer | None, *
         RuntimeError,
         ValueError,
         KeyError,
-        EOFError,
-        pickle.UnpicklingError,
+        TypeError,
+        AttributeError,
     ) as error:
         raise UserError(
             f"checkpoint {path} cannot be read: {_reason(error)}\nDelete that folder to resume from the one before it."
@@ -226,7 +234,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it holds no numbers by name")
         return found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {path} has no readable {STATE} ({error}); delete that folder and resume") from None
 
 
@@ -241,9 +249,9 @@ def prune(folder: Path, keep: int, protect: set[str]) -> None:
     for path in checkpoints(folder)[: -max(1, keep)]:
         if path.name not in protect:
             doomed = folder / f".partial-{path.name}"  # one that is half deleted must not look whole
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed)
             os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed)
 
 
 def _tensors(
@@ -257,42 +265,3 @@ def _tensors(
         for name, entries in get_optimizer_state_dict(root, optimizer)["state"].items():
             tensors |= {f"optimizer/{name}/{key}": value for key, value in entries.items()}
     return tensors
-
-
-_ALLOWED = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("builtins", "getattr"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-}
-_ALLOWED_MODULES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint._extension",
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format)
-        if dtype or (module, name) in _ALLOWED or (module in _ALLOWED_MODULES and "." not in name):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the index names {module}.{name}, which has no place in a checkpoint")
-
-
-class Reader(dcp.FileSystemReader):
-    """torch's reader unpickles its index without restriction; this one admits DCP's own types only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        with (self.path / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata

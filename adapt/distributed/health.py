@@ -43,7 +43,7 @@ def health(args: argparse.Namespace) -> int:
         folder = _folder(args)
         from adapt.distributed import world as worlds
 
-        world = worlds.start("auto", args.timeout, flag)
+        world = worlds.start("auto", args.timeout, flag, args.timeout)
         try:
             problems = [*_reduces(world), *_gpu(world, args.gpu), *_disk(world, folder, args.disk)]
             reports = worlds.together(lambda: _report(world) | {"problems": problems})

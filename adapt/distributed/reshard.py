@@ -27,6 +27,9 @@ from adapt.distributed.checkpoint import Reader
 from adapt.distributed.checksums import put, put_sums, sync_folder
 from adapt.errors import Problem, UserError
 
+UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, AssertionError, EOFError)
+"""What torch raises for files that do not hold what the index says."""
+
 
 def reshard(source: Path, folder: Path, ranks: int) -> Path:
     """Write the (healthy) checkpoint `source` as `folder/<its name>` for `ranks` ranks, optimizer state and all. Raises
@@ -48,6 +51,12 @@ def reshard(source: Path, folder: Path, ranks: int) -> Path:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(Problem("--to", f"{final} cannot be written: {error.strerror}; nothing was left")) from None
+    except (*UNREADABLE, pickle.PickleError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"checkpoint {source} cannot be read: {error}; nothing was left in {folder}") from None
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 

@@ -43,13 +43,18 @@ class Seen:
     new: float = field(default_factory=time.monotonic)
 
 
+def line_of(rank: int) -> str:
+    """Its key in the store."""
+    return f"adapt/rank/{rank}"
+
+
 class Watch:
-    def __init__(self, rank: int, size: int, timeout: float, flag: Any = None):
-        """Joins the store of the process group; every rank makes one, and a collective must follow. `timeout`: seconds
+    def __init__(self, rank: int, size: int, timeout: float, store: dist.Store, flag: Any = None):
+        """Writes the first line into the store; every rank makes one, and all must have before `start`. `timeout`: seconds
         that ranks wait for each other in a step. `flag`: a StopFlag, which is passed on to all ranks."""
         self.rank, self.size, self.timeout, self.flag = rank, size, timeout, flag
         self.silent = min(SILENT, timeout)
-        self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
+        self.store = store.clone()  # a connection of its own
         self.phase, self.step, self.calls, self.waiting, self.left = "start", 0, 0, False, ""
         self.changed = time.monotonic()
         self.lost: Callable[[int, str], None] = lambda code, reason: None
@@ -62,7 +67,7 @@ class Watch:
         self._seen = {r: Seen() for r in range(size)}
 
     def start(self) -> None:
-        """After that collective: every rank's line is there."""
+        """Every rank's line is there."""
         self._heard = time.monotonic()
         threading.Thread(target=self._run, daemon=True).start()
         if self.rank != 0:  # whose process keeps the store
@@ -129,10 +134,10 @@ class Watch:
 
     def _tell(self) -> None:
         self._lines += 1
-        self.store.set(f"adapt/rank/{self.rank}", json.dumps(self._line()))
+        self.store.set(line_of(self.rank), json.dumps(self._line()))
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        lines = self.store.multi_get([f"adapt/rank/{r}" for r in range(self.size)])
+        lines = self.store.multi_get([line_of(r) for r in range(self.size)])
         return {r: json.loads(line) for r, line in enumerate(lines)}
 
     def _run(self) -> None:
@@ -145,7 +150,7 @@ class Watch:
             loop = now
             try:
                 self._tell()
-                lost, stop, first = self.store.multi_get([LOST, STOP, "adapt/rank/0"])
+                lost, stop, first = self.store.multi_get([LOST, STOP, line_of(0)])
                 self._look(json.loads(first))
                 if self.rank == 0 and not lost:
                     lost = self._judge()

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from adapt.distributed import meeting
 from adapt.distributed.watch import Watch
 from adapt.errors import RankLost, StopRequested, UserError
 
@@ -141,9 +142,14 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+class Failed(RuntimeError):
+    """Of `together`: the work failed on a rank, as all of them know. None is missing."""
+
+
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """What `work` returns on every rank (something small that can be pickled), when all are done. Where any of them fails,
-    all do: with the error itself on its own rank, with a RuntimeError that quotes it on the others. Collective."""
+    all do: with the error itself on its own rank (of a plain RuntimeError, a Failed), with a Failed that quotes it on the
+    others. Collective; another RuntimeError means that a rank is missing."""
     try:
         mine: tuple[Any, Exception | None] = work(), None
     except Exception as error:
@@ -153,17 +159,20 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     else:
         told = [(None, None)] * dist.get_world_size(group)
         dist.all_gather_object(told, (mine[0], mine[1] and f"rank {dist.get_rank()}: {mine[1]}"), group)
+    if type(mine[1]) is RuntimeError:
+        raise Failed(str(mine[1])) from mine[1]
     if mine[1] is not None:
         raise mine[1]
     for _, error in told:
         if error is not None:
-            raise RuntimeError(error)
+            raise Failed(error)
     return [result for result, _ in told]
 
 
-def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None) -> World:
+def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None, wait: float = meeting.WAIT) -> World:
     """Join the processes torchrun or srun started, or start `devices` of them on this machine. Call once. `timeout`:
-    seconds that ranks wait for each other within a step; `flag`: set on all ranks when it is on one."""
+    seconds that ranks wait for each other within a step; `flag`: set on all ranks when it is on one; `wait`: seconds for
+    all to come. Raises RankLost with those that did not, or died on the way."""
     cuda = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         _from_slurm()
@@ -176,31 +185,40 @@ def start(devices: int | str, timeout: float = 600, flag: StopFlag | None = None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     # srun --gpus-per-task=1 shows each task its own GPU only: number 0, whatever the local rank
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    patient = None
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(device)
-        _meet("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout))
-    if dist.is_initialized():
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if "WORLD_SIZE" not in os.environ:
+        return World(rank, local_rank, size, local_size, device)
+    if cuda:
+        torch.cuda.set_device(device)
+    store = meeting.store(rank, size, wait, flag)
     if size == 1:
+        patient = _groups(cuda, store, rank, size, timeout)
         return World(rank, local_rank, size, local_size, device, patient)
-    watch = Watch(rank, size, timeout, flag)
-    world = World(rank, local_rank, size, local_size, device, patient, watch)
-    world.barrier()
+    watch = Watch(rank, size, timeout, store, flag)
+    meeting.gather(watch, wait, flag)
     watch.start()
+    with naming_the_lost(watch):
+        world = World(rank, local_rank, size, local_size, device, _groups(cuda, store, rank, size, timeout), watch)
+        world.barrier()
     return world
 
 
-def _meet(backend: str, timeout: timedelta) -> None:
-    """Join the process group. Raises RankLost where not all come."""
+def _groups(cuda: bool, store: dist.Store, rank: int, size: int, timeout: float) -> dist.ProcessGroup:
+    """The process group of the run; returns the patient one."""
+    backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout) + MARGIN
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+@contextmanager
+def naming_the_lost(watch: Watch | None) -> Iterator[None]:
+    """Around collectives before the run has a folder: their errors are raised as RankLost with the ranks that are missing."""
     try:
-        dist.init_process_group(backend, timeout=timeout + MARGIN)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankLost(
-            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place}: {str(error).splitlines()[0]}"
-        ) from None
+        yield
+    except RuntimeError as error:
+        told = error if watch is None else watch.explain(error)
+        if told is error:
+            raise
+        raise told from None
 
 
 def on_loss(world: World, tell: Callable[[int, str], None]) -> None:

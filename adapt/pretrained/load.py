@@ -174,10 +174,24 @@ def _weights_folder(model: Model) -> Path:
 
 def weights_problems(model: Model, folder: Path) -> list[Problem]:
     if list(folder.glob("*.safetensors")):
-        return []
+        return _index_problems(model, folder)
     pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
     found = f" ({', '.join(pickles)}: pickled weights can run code and are not read)" if pickles else ""
     return [Problem("model.base", f"{model.base} has no .safetensors weights{found}")]
+
+
+def _index_problems(model: Model, folder: Path) -> list[Problem]:
+    """Of sharded weights: the index says which file each is in, and transformers opens any."""
+    file = folder / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(file.read_text())["weight_map"].values()) if file.is_file() else set()
+        wrong = sorted(str(n) for n in named if not str(n).endswith(".safetensors") or Path(str(n)).name != n)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [Problem("model.base", f"{file} is no index of weights: {error!r}")]
+    if wrong:
+        listed = ", ".join(wrong[:5])
+        return [Problem("model.base", f"{file} sends to {listed}; only .safetensors files next to it are read")]
+    return []
 
 
 def _dequantised(base: Base, offline: bool) -> Path:

@@ -62,11 +62,12 @@ def fit(resolved: Resolved, resume: str = "no", flag: StopFlag | None = None) ->
             _quiet()
         trainer = resolved.recipe.trainer
         prepare(trainer.deterministic)
-        world = worlds.start(trainer.devices, trainer.timeout, flag)
+        world = worlds.start(trainer.devices, trainer.timeout, flag, trainer.start_timeout)
         stack.callback(worlds.stop)
         if not world.main:  # what rank 0 says of the run is enough
             logging.getLogger("adapt").setLevel(logging.WARNING)
-        folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
+        with worlds.naming_the_lost(world.watch):
+            folder = worlds.on_main(world, partial(_take, resolved, resume), flag) or RunFolder.follow(resolved, resume)
         with outcome(folder, world), deterministic(trainer.deterministic), Saver(world) as saver:
             _Run(resolved, folder, world, flag, began, saver).go()
     return 0
@@ -116,6 +117,8 @@ class _Run:
         folder.follow_attempt(generation)
         if self.resume_from:
             self.state = State.from_dict(checkpoint.read_state(self.resume_from))
+            if self.state.stage >= (stages := len(self.resolved.stages)):
+                raise UserError(f"{self.resume_from} is of stage {self.state.stage + 1}; this recipe has {stages}")
         self.state.decided = self.decided
         if world.main:
             from adapt.train.loggers import build_loggers

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch.distributed.checkpoint as dcp
 
 from adapt.distributed import world as worlds
-from adapt.distributed.world import World
+from adapt.distributed.world import Failed, World
 from adapt.errors import RunLost, StopRequested, UserError
 from adapt.runfolder import RunFolder
 
-LOST = (RuntimeError, dcp.api.CheckpointException)
-"""What collectives raise when a rank is missing, besides much else."""
+ERRORS = (RuntimeError, dcp.api.CheckpointException)
+"""Collectives raise RuntimeErrors when a rank is missing, besides much else."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def outcome(folder: RunFolder, world: World) -> Iterator[None]:
     except SystemExit:
         code, how = 2, "an error of the user's, told by rank 0"
         raise
-    except (UserError, *LOST) as error:
+    except (UserError, *ERRORS) as error:
         told = _explained(error, world)
         code, how = getattr(told, "exit_code", 1), _short(told)
         left = how
@@ -54,9 +54,14 @@ def outcome(folder: RunFolder, world: World) -> Iterator[None]:
 
 def _explained(error: Exception, world: World) -> Exception:
     """A missing rank may also be behind a user's error: of a checkpoint that it did not help to read, say."""
-    if world.watch is None or not (isinstance(error, LOST) or isinstance(error.__context__, LOST)):
+    if world.watch is None or not (_may_be_of_the_lost(error) or _may_be_of_the_lost(error.__context__)):
         return error
     return world.watch.explain(error)
+
+
+def _may_be_of_the_lost(error: BaseException | None) -> bool:
+    """Not what all ranks have told each other: each of them ends with it, and soon, so it would be taken for missing."""
+    return isinstance(error, RuntimeError) and not isinstance(error, Failed)
 
 
 def _short(error: BaseException) -> str:

@@ -131,6 +131,8 @@ def _trainer(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("trainer", f"give exactly one of steps and tokens (how long to train); here {have}")
     if trainer.timeout < 1:
         yield Problem("trainer.timeout", f"{trainer.timeout} s is no time to wait; give 1 or more")
+    if trainer.start_timeout < 1:
+        yield Problem("trainer.start_timeout", f"{trainer.start_timeout} s is no time to come; give 1 or more")
     if trainer.max_time is not None and not re.fullmatch(r"(\d+:)?\d+:\d\d:\d\d", trainer.max_time):
         yield Problem("trainer.max_time", f"{trainer.max_time!r} is not HH:MM:SS or DD:HH:MM:SS")
     ranks = known_ranks(recipe)

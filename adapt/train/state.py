@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from adapt.errors import UserError
+from adapt.config.decode import decode
+from adapt.errors import Problem, UserError
+
+COUNTS = ("stage", "stage_step", "step", "tokens", "skipped", "non_finite", "seconds")
 
 
 @dataclass
@@ -57,11 +60,15 @@ class State:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> State:
-        """Raises UserError where another version of adapt wrote them."""
+        """Raises UserError where another version of adapt wrote them, or somebody else."""
         known = {entry.name for entry in fields(State)}
         if unknown := sorted(values.keys() - known):
             raise UserError(
                 f"state.json of the checkpoint holds {', '.join(unknown)}, which this version of adapt does not know; "
                 "go on with the version that wrote it"
             )
-        return State(**values)
+        state = decode(values, State, "state.json")
+        counts = {name: getattr(state, name) for name in COUNTS}
+        if wrong := {name: n for name, n in counts.items() if not 0 <= n < 2**53}:  # NaN is neither
+            raise UserError([Problem(f"state.json.{name}", f"{n} cannot be") for name, n in wrong.items()])
+        return state

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import shutil
 import subprocess
 import tarfile
@@ -111,6 +113,14 @@ def test_large_files_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(debs, "MAX_FILE", 10)
     deb = make_deb(tmp_path, "made-up", "1", {"usr/share/doc/a.txt": b"short", "usr/share/doc/b.txt": b"x" * 11})
     assert list(debs.files(deb, ("*",))) == [("usr/share/doc/a.txt", b"short")]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
+def test_a_small_file_that_unpacks_to_a_large_one_is_passed_over(suffix, pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(debs, "MAX_FILE", 1000)
+    members = {f"usr/share/doc/a.txt{suffix}": pack(b"short"), f"usr/share/doc/b.txt{suffix}": pack(b"x" * 100_000)}
+    deb = make_deb(tmp_path, "made-up", "1", members)
+    assert list(debs.files(deb, ("*",))) == [(f"usr/share/doc/a.txt{suffix}", b"short")]
 
 
 @pytest.mark.parametrize("packing", ["xz", "gz", "bz2"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adapt.errors import RankLost
 from tests.faults.warm import NAMES, Warm
 from tests.recipes import corpus, tiny_recipe
 from tests.train.test_fit import losses, weights
@@ -32,15 +33,13 @@ class Tally:
     """Losses and weights that are not the straight run's, bit for bit."""
     left: list[str] = field(default_factory=list)
     """Files and processes that a killed attempt left for good."""
+    unnoticed: list[str] = field(default_factory=list)
+    """Ranks that did not end with exit code 71 and the name of the killed one."""
+    seconds: list[float] = field(default_factory=list)
+    """From the kill of a rank to the end of the others."""
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.kills + other.kills,
-            self.runs + other.runs,
-            self.lost + other.lost,
-            self.different + other.different,
-            self.left + other.left,
-        )
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def num_kills(self) -> int:
@@ -73,7 +72,14 @@ def mixed(folder: Path) -> dict[str, Any]:
     }
 
 
-KINDS = {"diffusion": diffusion, "mixed": mixed}
+def ranks(folder: Path) -> dict[str, Any]:
+    """Two ranks, one of which is killed: both hold half of everything, and write half of each checkpoint."""
+    return {"trainer": {"start_timeout": 5}}
+
+
+KINDS = {"diffusion": diffusion, "mixed": mixed, "ranks": ranks}
+RANKS = {"ranks": 2}
+"""Of a kind; others are single processes."""
 
 
 def recipe_of(kind: str, base: Path, folder: Path, name: str) -> dict[str, Any]:
@@ -89,20 +95,36 @@ def recipe_of(kind: str, base: Path, folder: Path, name: str) -> dict[str, Any]:
 
 
 def kill(
-    warm: Warm, kind: str, base: Path, folder: Path, rng: random.Random, *, runs: int, kills: int
+    warm: Warm,
+    kind: str,
+    base: Path,
+    folder: Path,
+    rng: random.Random,
+    *,
+    runs: int,
+    kills: int,
+    hasty: bool = False,
 ) -> Iterator[Tally]:
     """`runs` runs of a kind, each killed at `kills` random moments and compared with a straight one."""
     recipe, again = (recipe_of(kind, base, folder, f"{kind}-{name}") for name in ("straight", "again"))
-    straight = warm.attempt(recipe, folder / "cache-straight")
+    many = {"ranks": RANKS[kind], "hasty": hasty} if kind in RANKS else {}
+    straight = warm.attempt(recipe, folder / "cache-straight", **many)
     assert straight["code"] == 0, straight["said"]
-    spent = warm.attempt(again, folder / "cache-again")["spent"]  # the parent is warm now
+    spent = warm.attempt(again, folder / "cache-again", **many)["spent"]  # the parent is warm now
     assert not (found := differences(folder / "runs" / f"{kind}-again", folder / "runs" / f"{kind}-straight")), found
     for number in range(runs):
-        yield _kill_one(warm, kind, recipe_of(kind, base, folder, f"{kind}-{number}"), folder, spent, rng, kills)
+        yield _kill_one(warm, kind, recipe_of(kind, base, folder, f"{kind}-{number}"), folder, spent, rng, kills, many)
 
 
 def _kill_one(
-    warm: Warm, kind: str, recipe: dict[str, Any], folder: Path, spent: dict, rng: random.Random, kills: int
+    warm: Warm,
+    kind: str,
+    recipe: dict[str, Any],
+    folder: Path,
+    spent: dict,
+    rng: random.Random,
+    kills: int,
+    many: dict[str, int],
 ) -> Tally:
     name = recipe["run"]["name"]
     tally, run, over = Tally(runs=1), folder / "runs" / name, False
@@ -110,16 +132,21 @@ def _kill_one(
     aims = sorted(rng.choices(AIMS, k=kills), key=lambda aim: (aim in LATE) - (aim == "data"))
     while tally.num_kills < kills:
         wanted = rng.choice(LATE) if over else aims[tally.num_kills]
-        done = warm.attempt(recipe, folder / f"cache-{name}", moment(wanted, spent, rng))
+        aim = moment(wanted, spent, rng) | {"rank": rng.randrange(many.get("ranks", 1))}
+        done = warm.attempt(recipe, folder / f"cache-{name}", aim, **many)
         if done["left"]:
             tally.left.append(f"{name}: {done['left']} process(es)")
         if done["killed"]:
             tally.kills[done["phase"]] += 1
+            if many:
+                tally.seconds.append(done["noticed"])
+                tally.unnoticed += unnoticed(name, done, aim["rank"])
+                over = over or done["code"] == 0
         elif done["code"] == 0:
             over = True
         else:
             break
-    end = warm.attempt(recipe, folder / f"cache-{name}")
+    end = warm.attempt(recipe, folder / f"cache-{name}", **many)
     if end["code"] != 0:
         tally.lost.append(f"{name} ended with {end['code']}:\n{end['said']}")
         return tally
@@ -130,6 +157,18 @@ def _kill_one(
         if unfinished and path.parent.name != "attempts":  # an attempt's sign of life is its own, and stays
             tally.left.append(f"{name}: {path.relative_to(run)}")
     return tally
+
+
+def unnoticed(name: str, done: dict[str, Any], victim: int) -> Iterator[str]:
+    """Ranks that did not end as they should when another one was killed. After the last thing they did together there is
+    nothing to notice."""
+    for rank, code in enumerate(done["codes"]):
+        if rank == victim or (code == 0 and done["phase"] in (*LATE, "start-up")):
+            continue
+        if code != RankLost.exit_code or f"rank {rank}: " not in done["said"] or f"rank {victim}" not in done["said"]:
+            yield f"{name}: rank {victim} was killed in {done['phase']}; rank {rank} ended with {code}:\n{done['said']}"
+        elif "Traceback" in done["said"]:
+            yield f"{name}: killed in {done['phase']}: a traceback:\n{done['said']}"
 
 
 def moment(wanted: str, spent: dict[str, tuple[int, float]], rng: random.Random) -> dict[str, Any]:

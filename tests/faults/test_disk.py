@@ -49,6 +49,21 @@ def test_full_at_any_size_of_file(warm, tmp_path):
     assert not [p for p in run.rglob("*") if ".partial" in p.name or p.name.endswith(".new")]
 
 
+def test_full_for_two_ranks(warm, tmp_path):
+    """Both say so and end with 2: a job that is started again where a rank is lost is not started again for this."""
+    base = tiny.save_tiny(tmp_path / "base")
+    recipe = recipe_of("ranks", base, tmp_path, "full")
+    for size in (30_000, 200_000):
+        done = warm.attempt(recipe, tmp_path / "cache", ranks=2, max_file=size)
+        assert "Traceback" not in done["said"]
+        assert done["code"] == 2, done["said"]
+        assert done["codes"][1] in (0, 2), done["said"]
+        assert "error:" in done["said"]
+        assert "does not answer" not in done["said"]
+    done = warm.attempt(recipe, tmp_path / "cache", ranks=2)
+    assert done["codes"] == [0, 0], done["said"]
+
+
 @pytest.mark.parametrize("place", ["runs", "cache", "runs/readonly/checkpoints"])
 def test_a_folder_that_cannot_be_written(place, warm, open_folder):
     base = tiny.save_tiny(open_folder / "base")

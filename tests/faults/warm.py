@@ -61,7 +61,9 @@ class Warm:
     def attempt(self, recipe: dict[str, Any], cache: Path, aim: dict[str, Any] | None = None, **limits: int) -> dict:
         """One attempt at the run, killed at `aim` ({phase: nth time it is entered, after: seconds from there, or when
         it ends}) if it gets there. `limits`: max_file, bytes that any file may have; user, the number of whom it runs as; ranks,
-        of which `aim` may name one by its `rank`. -> {killed, phase: of rank 0, code: of rank 0, codes: of all, said, spent: phase -> [times, seconds], left: processes it left behind}"""
+        of which `aim` may name one by its `rank`, and `hasty` ones look for each other more often. -> {killed, phase: of
+        rank 0, code: of rank 0, codes: of all, said, spent: phase -> [times, seconds], noticed: seconds from the kill to
+        the end of the last one, pids, left: processes it left behind}"""
         job = {"recipe": recipe, "cache": str(cache), "aim": aim, **limits}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -163,6 +165,10 @@ def work(job: dict[str, Any], recipe: Path, names: Path, says: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file"], job["max_file"]))
     if "user" in job:
         os.setresuid(job["user"], job["user"], job["user"])
+    if job.get("hasty"):
+        from adapt.distributed import watch as watching
+
+        watching.INTERVAL, watching.QUIET = watching.INTERVAL / 5, watching.QUIET / 5
     before = set(sys.modules)
     code = adapt(["fit", "-c", str(recipe), "--resume=auto"])
     if code == 0 and "matplotlib" not in before and "user" not in job:
@@ -186,6 +192,7 @@ def _ranks(count: int) -> list[dict[str, str]]:
 def watch(workers: list[int], board: Board, aim: dict[str, Any] | None, heard: int) -> dict[str, Any]:
     began, phase, reached, said = time.monotonic(), "", None, b""
     codes: dict[int, int] = {}
+    at = 0.0
     victim, killed, over = workers[(aim or {}).get("rank", 0)], False, None
     os.set_blocking(heard, False)
     while True:
@@ -212,10 +219,11 @@ def watch(workers: list[int], board: Board, aim: dict[str, Any] | None, heard: i
             if reached is None and times >= aim["nth"]:
                 reached = time.monotonic(), seconds
             if reached is not None and (time.monotonic() - reached[0] >= aim["after"] or seconds != reached[1]):
-                phase, killed = board.phase, True
+                phase, killed, at = board.phase, True, time.monotonic()
                 os.kill(victim, signal.SIGKILL)
         time.sleep(0.0005)
     os.close(heard)
+    noticed = time.monotonic() - at
     killed = killed and codes[victim] == -signal.SIGKILL
     spent = {name: board.entry(name) for name in NAMES}
     spent["start-up"] = (1, time.monotonic() - began)
@@ -224,6 +232,8 @@ def watch(workers: list[int], board: Board, aim: dict[str, Any] | None, heard: i
         "phase": phase,
         "code": codes[workers[0]],
         "codes": [codes[worker] for worker in workers],
+        "noticed": noticed if killed else None,
+        "pids": workers,
         "said": said.decode(errors="replace"),
         "spent": spent,
         "left": sum(left_behind(worker) for worker in workers),

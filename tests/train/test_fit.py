@@ -320,5 +320,5 @@ def test_checkpoint_index_admits_no_foreign_classes(tmp_path):
             return (os.system, ("true",))
 
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="no place in a checkpoint"):
+    with pytest.raises(UserError, match="no place in a checkpoint"):
         checkpoint.Reader(str(folder)).read_metadata()
