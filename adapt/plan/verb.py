@@ -117,6 +117,6 @@ def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
     if not seen.memory:
         return found
     of_one = moments(one.student, one.teacher, one.work, one.optimizer, setup, rows, accumulated=False)
-    followed = [sum(v for k, v in m.kinds.items() if k not in ("optimizer", "teacher")) for m in of_one]
+    followed = [m.total - m.kinds["optimizer"] for m in of_one]
     found["memory, bytes"] = (max(followed), seen.memory["Total"])
     return found
