@@ -127,9 +127,7 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
         inputs = _faked(prepared.inputs, fake)
-        # It cannot follow gradients that are formed on the way forward, as layers that learn in their own place do, and
-        # holds on to what no loss reads, as MLPs are where mixers alone are compared: a third more than real ranks take.
-        follows = fact(recipe.objective, "inside_layers", "") not in ("created", "mixer")
+        follows = _can_follow(recipe, student)
         tracker = FSDPMemTracker(root.train()) if follows else nullcontext()
         with tracker, counted:
             found = root(objective, inputs)
@@ -138,6 +136,16 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
     parameters = sum(p.numel() for p in student.parameters())
     memory = {str(k): int(v) for k, v in peak.items()}
     return Seen(dict(counted.counts), dict(counted.bytes), memory, state, parameters, counted.flops)
+
+
+def _can_follow(recipe: Recipe, student: Any) -> bool:
+    """Whether torch's tracker knows what is going on. It does not where gradients are formed on the way forward (`created`);
+    it holds on to what no loss reads, as MLPs are where mixers alone are compared, a third more than real ranks take; and
+    it fails on layers that never run, as those that were not converted."""
+    from adapt.conversion.mixers import converted_layers
+
+    inside = fact(recipe.objective, "inside_layers", "")
+    return not inside or (inside == "block" and len(converted_layers(student)) == student.config.num_hidden_layers)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

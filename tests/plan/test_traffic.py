@@ -14,6 +14,11 @@ from tests.plan.stages import MORE, planned, recipe_of
 
 LORA = {"lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}}
 TRANSFER = {"conversions": [{"name": "lawcat", "layers": [0, 2]}], "objective": "attention_transfer"}
+ALIGNED = {
+    "conversions": [{"name": "lawcat", "layers": [0, 2]}],
+    "trainable": {"include": ["*.layers.*"]},
+    "teacher": {"base": "self"},
+}
 CASES = {
     "next_token": {},
     "tied": {"arch": {"tie_word_embeddings": True}},
@@ -32,6 +37,8 @@ CASES = {
             "max_position_embeddings": 512, "tie_word_embeddings": True}},
     },
     "layers that learn by themselves": TRANSFER | {"trainable": {"include": ["*.recurrence.*"]}},
+    "mixers that learn from a teacher's": ALIGNED | {"objective": "layer_alignment"},
+    "blocks that learn from a teacher's": ALIGNED | {"objective": {"name": "layer_alignment", "mixer": 0.0, "block": 1.0}},
     "preferences": {"objective": "dpo", "trainer": {"microbatch": 2}},
     "preferences, taught": {"objective": {"name": "dpo", "reference": "teacher"}, "teacher": {"base": "self"}},
     "selective": {"trainer": {"activation_checkpointing": "selective"}},
