@@ -50,6 +50,11 @@ class LayerAlignmentConfig:
         """What of a layer learns (adapt.plan.work)."""
         return "block" if self.block else "mixer"
 
+    @property
+    def compared(self) -> int:
+        """States of a layer that are compared with the teacher's (adapt.plan.work)."""
+        return bool(self.mixer) + bool(self.block)
+
     def problems(self, recipe) -> Iterator[Problem]:
         for key in ("mixer", "block"):
             if not (getattr(self, key) >= 0 and math.isfinite(getattr(self, key))):

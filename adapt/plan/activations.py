@@ -20,14 +20,14 @@ Learns = Callable[[str], bool]
 
 def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> float:
     """Kept of one token by one layer; `tiled`: attention in tiles (CPU), whose outputs are put together in a copy."""
-    s, mixer = model.dims, model.mixers[group.layer]
-    learning = [w.name for w in group.weights if model.learns(w)]
-
-    def learns(module: str) -> bool:
-        return any(f".{module}." in name for name in learning)
-
     if model.inside == "created":
         return _recurrence(model, group, c) if group.layer in model.backward else 0.0
+    return mixer_bytes(model, group, c, tiled=tiled) + mlp_bytes(model, group, c)
+
+
+def mixer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> float:
+    """The part of it up to what the token mixer adds to the hidden state."""
+    s, mixer, learns = model.dims, model.mixers[group.layer], _learning(model, group)
     read = any(map(learns, ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa")))
     total = norm_bytes(s.D, c, learns("input_layernorm"), read)
     if mixer == "latent":
@@ -36,9 +36,18 @@ def layer_bytes(model: PlannedModel, group: Group, c: int, *, tiled: bool) -> fl
         total += _attention(model, c, learns, tiled)
     else:
         total += _recurrence(model, group, c)
-    total += norm_bytes(s.D, c, learns("post_attention_layernorm"), learns("gate_proj") or learns("up_proj"))
-    total += 3 * c * s.I + (c * s.I if learns("down_proj") else 0)  # gate, silu(gate), up; their product
     return total + _adapters(group, c)
+
+
+def mlp_bytes(model: PlannedModel, group: Group, c: int) -> float:
+    s, learns = model.dims, _learning(model, group)
+    total = norm_bytes(s.D, c, learns("post_attention_layernorm"), learns("gate_proj") or learns("up_proj"))
+    return total + 3 * c * s.I + (c * s.I if learns("down_proj") else 0)  # gate, silu(gate), up; their product
+
+
+def _learning(model: PlannedModel, group: Group) -> Learns:
+    names = [w.name for w in group.weights if model.learns(w)]
+    return lambda module: any(f".{module}." in name for name in names)
 
 
 def norm_bytes(size: int, c: int, scaled: bool, read: bool) -> float:

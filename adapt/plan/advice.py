@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from adapt.config.schema import Mesh
 from adapt.plan.cluster import GIB
 from adapt.plan.stage import StagePlan
+from adapt.plan.units import duration
 
 ENOUGH = 8
 """Times the GPUs, at most, that a remedy asks for."""
@@ -29,8 +30,6 @@ def _batch(plan: StagePlan) -> Iterator[str]:
 
 
 def _memory(plan: StagePlan) -> Iterator[str]:
-    if plan.student.inside in ("mixer", "block"):
-        yield f"{plan.recipe.objective.name} was tracked at up to a quarter more memory than this plan says: leave room for it"
     if plan.fits:
         return
     worst = plan.worst(plan.rows)
@@ -38,19 +37,29 @@ def _memory(plan: StagePlan) -> Iterator[str]:
         f"does not fit: {worst.total / GIB:.1f} GiB at the moment `{worst.name}` with a microbatch of {plan.rows} row(s), and "
         f"{plan.room / GIB:.1f} GiB are there"
     )
+    first = ""
     found = list(_remedies(plan))
-    yield from (f"  {text}" for text in found)
+    if not found and plan.recipe.trainer.activation_checkpointing is False:
+        first = "trainer.activation_checkpointing=true "
+        found = list(_remedies(plan.changed(activation_checkpointing=True)))
+    yield from (f"  {first}{text}" for text in found)
     if not found:
-        yield "  no single change makes it fit: lower data.seq_len, or take GPUs with more memory and more of them"
+        yield "  none of the changes tried makes it fit: lower data.seq_len, or take GPUs with more memory and more of them"
 
 
 def _remedies(plan: StagePlan) -> Iterator[str]:
+    fixed = plan.recipe.trainer.microbatch != "auto"
+    also = "with trainer.microbatch=auto " if fixed else ""
+
     def helps(other: StagePlan) -> str:
         other = other.changed(microbatch="auto")
-        took = other.worst(other.rows).total / GIB
-        return f"{took:.1f} GiB with {other.rows} row(s)" if other.fits else ""
+        if not other.fits:
+            return ""
+        host = (other.host_bytes + other.kept_away) * other.cluster.per_node / GIB
+        away = f", and {host:,.0f} GiB of the host's in each node" if host else ""
+        return f"{also}{other.worst(other.rows).total / GIB:.1f} GiB with {other.rows} row(s){away}"
 
-    if plan.rows > 1 and (took := helps(plan)):
+    if fixed and (took := helps(plan).removeprefix(also)):
         yield f"trainer.microbatch=auto: {took}"
     had = plan.recipe.trainer.activation_checkpointing
     for policy in ([] if had else ["selective", True]) + ([] if had == "offload" else ["offload"]):
@@ -59,16 +68,21 @@ def _remedies(plan: StagePlan) -> Iterator[str]:
             break
     mesh = plan.recipe.trainer.mesh
     if not mesh.offload and (took := helps(plan.changed(mesh=dataclasses.replace(mesh, offload=True)))):
-        yield f"trainer.mesh.offload=true (weights and the optimizer's state in the host's memory): {took}"
+        yield f"trainer.mesh.offload=true (weights and the optimizer's state leave the GPU): {took}"
     if plan.grid.replicas > 1 and (took := helps(plan.changed(mesh=Mesh(offload=mesh.offload)))):
-        yield f"trainer.mesh.replicate=1 (one copy of the model over all ranks): {took}"
+        yield f"trainer.mesh.replicate=1 trainer.mesh.shard=auto (one copy of the model over all ranks): {took}"
     more = 2
     while more <= ENOUGH:
         wider = plan.changed(
             dataclasses.replace(plan.cluster, gpus=plan.cluster.gpus * more), mesh=Mesh(offload=mesh.offload)
         )
         if took := helps(wider):
-            yield f"{wider.cluster.gpus} GPUs, the model sharded over all of them: {took}"
+            mesh_too = (
+                ""
+                if mesh.replicate == 1 and mesh.shard == "auto"
+                else "trainer.mesh.replicate=1 trainer.mesh.shard=auto "
+            )
+            yield f"--gpus {wider.cluster.gpus} {mesh_too}(the model sharded over all of them): {took}"
             return
         more *= 2
 
@@ -77,7 +91,7 @@ def _network(plan: StagePlan) -> Iterator[str]:
     compute, travel = plan.compute_seconds, plan.traffic_seconds
     if travel <= compute or plan.grid.ranks == 1:
         return
-    yield f"the network is the limit: {travel:.2f} s a step of collectives beside {compute:.2f} s of arithmetic"
+    yield f"the network is the limit: {duration(travel)} a step of collectives beside {duration(compute)} of arithmetic"
     node = plan.cluster.per_node
     if plan.grid.replicas == 1 and plan.grid.ranks > node and plan.grid.ranks % node == 0:
         other = plan.changed(mesh=Mesh(shard=node, replicate=plan.grid.ranks // node))

@@ -17,16 +17,18 @@ class Gpu:
     """Bytes a second that a GPU sends to the others of its node, one direction."""
     host: float
     """Bytes a second between a GPU and its host's memory, one direction."""
+    memory: float
+    """Bytes a second of its own memory."""
     outside: float
     """Bytes a second of the network card that a GPU has to itself, one direction."""
 
 
 GPUS = {
-    "a100": Gpu(312e12, 19.5e12, 300e9, 32e9, 25e9),
-    "h100": Gpu(989e12, 67e12, 450e9, 64e9, 50e9),
-    "h200": Gpu(989e12, 67e12, 450e9, 64e9, 50e9),
-    "b200": Gpu(2250e12, 80e12, 900e9, 64e9, 50e9),
-    "l40s": Gpu(362e12, 91.6e12, 32e9, 32e9, 12.5e9),
+    "a100": Gpu(312e12, 19.5e12, 300e9, 32e9, 2.0e12, 25e9),
+    "h100": Gpu(989e12, 67e12, 450e9, 64e9, 3.35e12, 50e9),
+    "h200": Gpu(989e12, 67e12, 450e9, 64e9, 4.8e12, 50e9),
+    "b200": Gpu(2250e12, 80e12, 900e9, 64e9, 8.0e12, 50e9),
+    "l40s": Gpu(362e12, 91.6e12, 32e9, 32e9, 0.864e12, 12.5e9),
 }
 """NVIDIA's datasheets (SXM where there is one); networks of 200 Gbit/s (A100), 400 (H100 and later), 100 (L40S) per GPU."""
 

@@ -28,7 +28,7 @@ from adapt.distributed.shard import make_mesh, shard
 from adapt.distributed.world import World
 from adapt.errors import UserError
 from adapt.models import attention
-from adapt.objectives.base import Facts
+from adapt.objectives.base import Facts, Prepared
 from adapt.optim.state_bytes import plain_tensors
 from adapt.plan.work import fact
 from adapt.train.recompute import checkpoint_layers
@@ -91,8 +91,10 @@ def fake_ranks(size: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: int, compute: torch.dtype) -> Seen:
-    """Forward and backward of `rows` rows through student and teacher (configs; the latter may be None)."""
+def built(
+    recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: int, compute: torch.dtype
+) -> tuple[Root, Any, Prepared]:
+    """(root, objective, a microbatch) as a run has them, sharded, with every parameter on the meta device still."""
     mesh = make_mesh(world, recipe.trainer.mesh)  # before any fake tensor: it reads a tensor of ranks
     root = Root(_on_meta(config, recipe.model.dtype, recipe))
     student = root.student
@@ -107,20 +109,25 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
         frozen = Frozen(_on_meta(teacher, recipe.teacher.dtype, None))
         shard(frozen, [frozen.model], mesh, compute)
         root.teach(frozen)
-    state = _state_bytes(recipe.optimizer.build(student))  # on the meta device, of this rank's shards
     objective = recipe.objective.build(_facts(recipe, student))
     if recipe.objective.declares("compares_with_start"):
         objective.remember(lambda batch: torch.zeros(batch.num_rows, dtype=torch.float64))
-    prepared = objective.prepare(whole_rows(recipe, config, rows), seed=recipe.run.seed, step=objective.largest_step())
-    width = prepared.inputs["input_ids"].shape[1]
+    batch = whole_rows(recipe, config, rows)
+    return root, objective, objective.prepare(batch, seed=recipe.run.seed, step=objective.largest_step())
+
+
+def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: int, compute: torch.dtype) -> Seen:
+    """Forward and backward of `rows` rows through student and teacher (configs; the latter may be None)."""
+    root, objective, prepared = built(recipe, config, teacher, world, rows=rows, compute=compute)
+    student = root.student
+    state = _state_bytes(recipe.optimizer.build(student))  # on the meta device, of this rank's shards
     counted = Counted()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, mock.patch.object(attention, "make_plan", return_value=_whole(rows, width)):
+    with fake, one_kernel(prepared):
         for model in (root, *([root.teacher] if teacher is not None else [])):
             model.to_empty(device="cpu")
         inputs = _faked(prepared.inputs, fake)
-        # It cannot follow gradients that are formed on the way forward, as layers that learn in their own place do.
-        follows = fact(recipe.objective, "inside_layers", "") != "created"
+        follows = _can_follow(recipe, student)
         tracker = FSDPMemTracker(root.train()) if follows else nullcontext()
         with tracker, counted:
             found = root(objective, inputs)
@@ -129,6 +136,16 @@ def observe(recipe: Recipe, config: Any, teacher: Any, world: World, *, rows: in
     parameters = sum(p.numel() for p in student.parameters())
     memory = {str(k): int(v) for k, v in peak.items()}
     return Seen(dict(counted.counts), dict(counted.bytes), memory, state, parameters, counted.flops)
+
+
+def _can_follow(recipe: Recipe, student: Any) -> bool:
+    """Whether torch's tracker knows what is going on. It does not where gradients are formed on the way forward (`created`);
+    it holds on to what no loss reads, as MLPs are where mixers alone are compared, a third more than real ranks take; and
+    it fails on layers that never run, as those that were not converted."""
+    from adapt.conversion.mixers import converted_layers
+
+    inside = fact(recipe.objective, "inside_layers", "")
+    return not inside or (inside == "block" and len(converted_layers(student)) == student.config.num_hidden_layers)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -196,10 +213,12 @@ def whole_rows(recipe: Recipe, config: Any, rows: int) -> Batch:
     )
 
 
-def _whole(rows: int, width: int) -> attention.TilePlan:
-    """One tile per row, without a mask: one kernel that keeps queries, keys, values, outputs and a number per query, as
-    FlexAttention does. Which entries are seen changes neither shapes nor collectives."""
-    return attention.TilePlan(((attention.Tile(0, width, ((0, width),), None),),) * rows)
+def one_kernel(prepared: Prepared) -> Any:
+    """A context in which a row's attention is one kernel without a mask, which keeps queries, keys, values, outputs and a
+    number per query, as FlexAttention does. Which entries are seen changes neither shapes nor collectives."""
+    rows, width = prepared.inputs["input_ids"].shape
+    plan = attention.TilePlan(((attention.Tile(0, width, ((0, width),), None),),) * rows)
+    return mock.patch.object(attention, "make_plan", return_value=plan)
 
 
 def _faked(value: Any, fake: FakeTensorMode) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapt.plan.activations import layer_bytes, norm_bytes, selective_bytes
+from adapt.plan.activations import layer_bytes, mixer_bytes, mlp_bytes, norm_bytes, selective_bytes
 from adapt.plan.cluster import Grid
 from adapt.plan.model import Group, PlannedModel
 from adapt.plan.optimizer import OptimizerPlan
@@ -27,6 +27,9 @@ CHUNK = {"cpu": 256, "cuda": 2048}
 
 REDUCING = 2
 """Layers whose gradients have not reached their shards yet when the first one's backward is at its widest."""
+UNREAD = 2
+"""Layers whose MLP is there although no loss reads it, where the mixers alone are compared: this one's, and the one's before
+until its result is replaced."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,23 @@ def moments(
     held = ended if accumulated else ended | {"gradients": 0.0}
     c, tokens = setup.compute, rows * work.read
     activations = kept(student, work, setup, rows)
+    if student.inside == "mixer":
+        unread = 0 if setup.checkpointing else UNREAD
+        activations += unread * tokens * max(mlp_bytes(student, g, c) for g in student.layers)
     layers = [g for g in student.layers if g.layer in student.backward] or list(student.layers[-1:])
     widest = max(layers, key=lambda g: _whole(g, setup))
     root, next_one = c * _whole(student.root, setup), c * _whole(widest, setup)
-    teacher_root = c * _whole(teacher.root, setup) if teacher is not None else 0
+    # What forms logits on the way back does so when the teacher's root is in its shards again.
+    of_teacher = c * _whole(teacher.root, setup) if teacher is not None and not work.logits_twice else 0
+    if teacher is not None and student.inside in ("mixer", "block"):  # the two models' layers take turns
+        of_teacher += c * max(_whole(g, setup) for g in teacher.layers)
     loss, head = loss_bytes(student, teacher, work, setup, rows)
     found = [
         Moment(
             "loss",
             held
             | {
-                "whole weights": root + next_one + teacher_root,
+                "whole weights": root + next_one + of_teacher,
                 "activations": activations,
                 "logits and loss": loss + head,
             },
@@ -147,13 +156,12 @@ def kept(student: PlannedModel, work: Work, setup: Setup, rows: int, *, layers_o
         if setup.checkpointing == "selective":
             layers += sum(selective_bytes(student, g, c) for g in student.layers if g.layer in student.backward)
     else:
+        of_layer = mixer_bytes if student.inside == "mixer" else layer_bytes
         layers = sum(
-            layer_bytes(student, g, c, tiled=setup.device == "cpu")
-            for g in student.layers
-            if g.layer in student.backward
+            of_layer(student, g, c, tiled=setup.device == "cpu") for g in student.layers if g.layer in student.backward
         )
     if student.inside in ("mixer", "block"):  # differences from the teacher's states, in float32
-        layers += 4 * s.D * len(student.backward) * (2 if student.inside == "block" else 1)
+        layers += 4 * s.D * len(student.backward) * work.compared
     if student.inside or layers_only:
         return layers * tokens
     last = norm_bytes(s.D, c, any("norm" in w.name for w in student.learning(student.root)), True) + c * s.D

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapt.config import Resolved
+from adapt.config import Resolved, shipped_recipes
 from adapt.config.schema import Recipe
-from adapt.errors import NotReachable, UserError
+from adapt.config.text import read_yaml
+from adapt.errors import NotReachable, Problem, UserError
 from adapt.plan.cluster import Cluster
 from adapt.plan.model import PlannedModel
 from adapt.plan.stage import StagePlan, grid_of
+from adapt.pretrained.arch import NEEDED
+from adapt.pretrained.families import FAMILIES
 from adapt.train.rules import learners
 from adapt.train.teacher_recipe import as_taught
 
@@ -48,13 +51,37 @@ def student_config(recipe: Recipe, notes: list[str]) -> Any:
 
     found = inspect_base(recipe)
     if found.problems:
-        raise UserError(found.problems)
+        asked = [stated_shapes(recipe.model.base)] if found.config is None and not _local(recipe.model.base) else []
+        raise UserError([*found.problems, *asked])
     notes += found.unchecked
     if found.tokenizer is None and any(choice.declares("fills_rows") for choice in recipe.model.conversions):
         notes.append(
             f"rows that conversions add for new tokens are not counted: {found.config.vocab_size:,} are the base's"
         )
     return found.config
+
+
+def stated_shapes(base: str) -> Problem:
+    """What to type where a base's shape is asked for: the shape itself, where a shipped recipe states it."""
+    for name, path in shipped_recipes().items():
+        model = read_yaml(path.read_text()).get("model", {})
+        arch = model.get("arch") or {}
+        if _plain(str(model.get("base"))) == _plain(base) and all(key in arch for key in NEEDED):
+            text = ", ".join(f"{k}: {str(v).lower()}" for k, v in arch.items() if not isinstance(v, dict | list))
+            return Problem("model.arch", f"{name} states that of {model['base']}: 'model.arch={{{text}}}'")
+    keys = ", ".join(f"{key}: N" for key in NEEDED)
+    return Problem(
+        "model.arch", f"as its config.json has it: 'model.arch={{model_type: {'|'.join(FAMILIES)}, {keys}}}'"
+    )
+
+
+def _plain(base: str) -> str:
+    """A base and what was made of it by more training have one shape."""
+    return base.lower().removesuffix("-instruct").removesuffix("-base")
+
+
+def _local(base: str) -> bool:
+    return base.startswith((".", "/", "~")) or base.endswith(".gguf")
 
 
 def teacher_config(recipe: Recipe, notes: list[str]) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from adapt.plan.advice import warnings
 from adapt.plan.cluster import GIB, Cluster
 from adapt.plan.stage import StagePlan
+from adapt.plan.units import count, duration, gib
 
 
 def to_dict(plan: StagePlan) -> dict[str, Any]:
@@ -89,15 +89,17 @@ def print_assumptions(cluster: Cluster, notes: list[str], console: Any) -> None:
     nodes = -(-cluster.gpus // cluster.per_node)
     console.print(
         f"{cluster.gpus} x {cluster.gpu} of {cluster.memory:g} GiB in {nodes} node(s); {cluster.reserve:g} GiB of each are left "
-        "for CUDA, NCCL and what the allocator loses"
+        "for CUDA, NCCL and what the allocator loses",
+        soft_wrap=True,
     )
     console.print(
         f"assumed: {cluster.efficiency:.0%} of {kind.flops / 1e12:,.0f} TFLOP/s (bf16); {cluster.network:.0%} of "
         f"{kind.inside / 1e9:,.0f} GB/s within a node and {kind.outside / 1e9:,.1f} GB/s per GPU between nodes; collectives run "
-        "beside the arithmetic; a row is one document; no evaluation, no checkpoint, no data"
+        "beside the arithmetic; a row is one document; no evaluation, no checkpoint, no data",
+        soft_wrap=True,
     )
     for note in notes:
-        console.print(f"? {note}")
+        console.print(f"? {note}", soft_wrap=True)
 
 
 def print_plan(plan: StagePlan, console: Any) -> None:
@@ -123,15 +125,19 @@ def _print_facts(plan: StagePlan, console: Any) -> None:
         if plan.teacher is None
         else f"{plan.recipe.teacher.base}: {plan.teacher.parameters():,} parameters in {plan.teacher.dtype}, reads "
         f"{work.taught:.0%} of the rows",
-        "mesh": f"{plan.grid.shards} shards x {plan.grid.replicas} replica(s)",
+        "mesh": "one GPU holds all"
+        if plan.grid.ranks == 1
+        else f"{plan.grid.replicas} copies of the model, each in {plan.grid.shards} shards"
+        if plan.grid.replicas > 1
+        else f"one copy of the model in {plan.grid.shards} shards",
         "step": f"{plan.tokens_a_step:,} tokens: {plan.rows_a_rank} row(s) of {work.seq_len:,} per rank"
         + (f", each read as {work.read:,} tokens" if work.copies > 1 else ""),
         "microbatch": f"{plan.rows} row(s) x {plan.microbatches}"
         + (f"; the largest that fits is {plan.largest}" if plan.fits else ""),
         "arithmetic": f"{one.total / work.seq_len / 1e9:,.1f} GFLOP a token, {one.recomputed / one.total:.0%} of it recomputed"
         + (f", {one.teacher / one.total:.0%} the teacher's" if one.teacher else ""),
-        "time": f"{duration(plan.step_seconds)} a step (arithmetic {duration(plan.compute_seconds)}, collectives "
-        f"{duration(plan.traffic_seconds)}, {f'host {duration(plan.host_seconds)}, ' if plan.host_seconds else ''}optimizer {duration(plan.optimizer_seconds)}); "
+        "time": f"{duration(plan.step_seconds)} a step (arithmetic {duration(plan.compute_seconds)}, collectives beside it "
+        f"{duration(plan.traffic_seconds)}, {f'host {duration(plan.host_seconds)}, ' if plan.host_seconds else ''}then optimizer {duration(plan.optimizer_seconds)}); "
         f"{plan.tokens_per_second:,.0f} tokens/s",
         "length": f"{plan.steps:,} steps, {plan.steps * plan.tokens_a_step:,} tokens: {duration(plan.days * 86400)}",
     }
@@ -144,7 +150,7 @@ def _print_facts(plan: StagePlan, console: Any) -> None:
 def _print_memory(plan: StagePlan, console: Any) -> None:
     found = plan.moments(plan.rows)
     worst = plan.worst(plan.rows)
-    table = _table("GiB of a rank, by moment", [f"{m.name}{' *' if m.name == worst.name else ''}" for m in found])
+    table = _table("GiB of a rank", [f"{m.name}{' *' if m.name == worst.name else ''}" for m in found])
     for kind in dict.fromkeys(kind for moment in found for kind in moment.kinds):
         table.add_row(kind, *(gib(moment.kinds.get(kind, 0.0)) for moment in found))
     table.add_row("total", *(gib(m.total) for m in found), style="bold")
@@ -172,41 +178,22 @@ def _table(title: str, columns: list[str]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(title)
+    table.add_column(title, no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def print_seen(planned: dict[str, tuple[float, float]], console: Any) -> None:
     """`planned`: what -> (formula, seen)."""
-    console.print(
-        "one microbatch of one row (or pair) on fake ranks, with the kernels of a CPU; memory without the optimizer's state and a"
-    )
-    console.print("teacher's shards:")
+    console.print("one microbatch of one row (or pair) on fake ranks, with the kernels of a CPU:")
     table = _table("", ["formula", "seen", "difference"])
     for what, (formula, seen) in planned.items():
-        apart = (
-            "0" if formula == seen else f"{formula - seen:+,.0f} ({(formula / seen - 1) if seen else math.inf:+.1%})"
-        )
+        apart = "0" if formula == seen else f"{formula / seen - 1:+.1%}" if seen else "not seen"
         table.add_row(what, f"{formula:,.0f}", f"{seen:,.0f}", apart)
     console.print(table)
-
-
-def gib(size: float) -> str:
-    return "" if not size else f"{size / GIB:,.2f}"
-
-
-def count(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
+    if not any(what.startswith("memory") for what in planned):
+        console.print(
+            "torch's tracker cannot follow the memory of layers that learn by themselves: it is the formula's alone",
+            soft_wrap=True,
+        )

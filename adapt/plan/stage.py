@@ -166,8 +166,17 @@ class StagePlan:
 
     @property
     def optimizer_seconds(self) -> float:
+        """Exchanges and Newton-Schulz; a rank's shards and their state read and written once, its gradients read twice (the
+        norm, the step) and set to zero. With `offload` that is in the host's memory, and not in the plan."""
         exchange = self.optimizer.sent / (self.cluster.rate(self.grid, "shard") / max(1, self.in_node))
-        return self.optimizer.flops / self.grid.ranks / self.rate + exchange
+        held = held_bytes(self.student, None, self.optimizer, self.setup)
+        learned = sum(
+            traffic.local([w], self.grid) * self.student.bytes_each(w)
+            for group in self.student.groups
+            for w in self.student.learning(group)
+        )
+        moved = 0.0 if self.setup.offload else 2 * (learned + held["optimizer"]) + 3 * held["gradients"]
+        return self.optimizer.flops / self.grid.ranks / self.rate + exchange + moved / self.cluster.kind.memory
 
     @property
     def in_node(self) -> int:

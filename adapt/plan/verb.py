@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from adapt.errors import Problem, UserError
@@ -53,13 +54,16 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
         problems.append(
             Problem("--gpu", f"{args.gpu!r} is not known here.{nearest(args.gpu, GPUS)} Known: {', '.join(GPUS)}")
         )
+    if not (args.gpu_memory > 0 and isfinite(args.gpu_memory)):
+        problems.append(
+            Problem("--gpu-memory", f"{args.gpu_memory:g} is no memory to plan with: GiB of one GPU, 80 say")
+        )
+    elif not 0 <= args.reserve < args.gpu_memory:
+        what = f"{args.reserve:g} of {args.gpu_memory:g} GiB: give 0 or more, and less than the GPU has"
+        problems.append(Problem("--reserve", what))
     for name in ("efficiency", "network"):
         if not 0 < getattr(args, name) <= 1:
             problems.append(Problem(f"--{name}", f"{getattr(args, name)} is a share: above 0, at most 1"))
-    if not 0 <= args.reserve < args.gpu_memory:
-        problems.append(
-            Problem("--reserve", f"{args.reserve:g} of {args.gpu_memory:g} GiB leaves nothing to plan with")
-        )
     if problems:
         raise UserError(problems)
     per_node = min(args.gpus, args.gpus_per_node)
@@ -100,9 +104,6 @@ def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
     from adapt.plan.fake import fake_ranks, observe
     from adapt.plan.memory import moments
 
-    if len(one.student.runs) < one.student.config.num_hidden_layers:
-        what = f"{one.recipe.objective.name} leaves layers of the student out, which torch's tracker cannot follow; leave it out"
-        raise UserError(Problem("--verify", what))
     setup, rows = dataclasses.replace(one.setup, device="cpu", offload=False), one.work.unit
     compute = torch.bfloat16 if setup.compute == 2 else torch.float32
     with fake_ranks(one.grid.ranks) as world:
@@ -117,6 +118,6 @@ def verified(one: StagePlan) -> dict[str, tuple[float, float]]:
     if not seen.memory:
         return found
     of_one = moments(one.student, one.teacher, one.work, one.optimizer, setup, rows, accumulated=False)
-    followed = [sum(v for k, v in m.kinds.items() if k not in ("optimizer", "teacher")) for m in of_one]
-    found["memory, bytes"] = (max(followed), seen.memory["Total"])
+    followed = [m.total - m.kinds["optimizer"] for m in of_one]
+    found["memory without optimizer"] = (max(followed), seen.memory["Total"])
     return found

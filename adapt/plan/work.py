@@ -7,6 +7,7 @@ visible         (query, key) pairs of a row of T tokens (T^2 / 2: one causal doc
 logits_twice    the way back forms them once more (false; bf16 does so anyway)
 inside_layers   each layer learns by itself, and no gradient leaves it: from what it is given (`created`: the parameters
                 of recurrences), or from a teacher's states, of its `mixer` alone or of the whole `block` ("")
+compared        of each layer's states with the teacher's, where layers learn from those (1)
 teacher_reads   `all` rows, or those of sources marked `replay`
 """
 
@@ -34,6 +35,8 @@ class Work:
     """The loss compares with the teacher's logits."""
     logits_twice: bool
     """The loss is of sums over a row, whose way back forms the logits once more (linear_log_probability)."""
+    compared: int
+    """States of a layer that are compared with the teacher's."""
     unit: int
     """Rows that are never parted: those of a preference pair."""
 
@@ -53,6 +56,7 @@ class Work:
             taught=taught,
             divergence=choice.declares("needs_teacher") and not choice.declares("logits_twice"),
             logits_twice=choice.declares("logits_twice"),
+            compared=int(fact(choice, "compared", 1)),
             unit=2 if choice.declares("pairs") else 1,
         )
 

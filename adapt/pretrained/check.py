@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapt.config.schema import Recipe, Tokenizer
+from adapt.config.schema import Model, Recipe, Tokenizer
 from adapt.errors import NotReachable, Problem, UserError
 from adapt.pretrained import gguf, load
 from adapt.pretrained.arch import arch_config, arch_differences
@@ -110,7 +110,7 @@ def _config(recipe: Recipe, offline: bool, found: BaseCheck):
         return None
     try:
         if config is None:
-            config = arch_config(model.arch)
+            config = _stated(model)
             found.unchecked.append(f"model.base: {model.base} is out of reach; its shape is taken from model.arch")
         elif model.arch:
             found.problems += arch_differences(model.arch, config)
@@ -119,6 +119,14 @@ def _config(recipe: Recipe, offline: bool, found: BaseCheck):
         found.problems += error.problems
         return None
     return config
+
+
+def _stated(model: Model):
+    try:
+        return arch_config(model.arch)
+    except UserError as error:
+        what = f"{model.base} is out of reach, so its shape is model.arch, and all of it must be right: give it, or a local folder as base"
+        raise UserError([Problem("model.base", what), *error.problems]) from None
 
 
 def _tokenizer(recipe: Recipe, offline: bool, found: BaseCheck):

@@ -180,3 +180,61 @@ def test_formulas_build_no_module():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TIGHT = {
+    "eight small GPUs": (["-c", "paper/nbdiff-qwen3-8b"], 8, 24),
+    "one GPU": (["-c", "paper/nbdiff-qwen3-8b"], 1, 80),
+    "a fixed microbatch": (["-c", "paper/nbdiff-qwen3-8b", "trainer.microbatch=16"], 64, 80),
+    "no checkpointing": (["-c", "paper/nbdiff-qwen3-8b", "trainer.activation_checkpointing=false"], 8, 24),
+    "two copies": (["-c", "paper/dap-llama-3.1-8b", "trainer.mesh={shard: 8, replicate: 2}"], 16, 20),
+}
+
+
+@pytest.mark.parametrize("case", TIGHT)
+def test_advice_that_is_followed_makes_it_fit(case, capsys):
+    """Every line of it, typed as it is printed."""
+    recipe, gpus, memory = TIGHT[case]
+    asked = ["plan", *recipe, "--gpu-memory", str(memory)]
+    assert main([*asked, "--gpus", str(gpus), "--json"]) == 1
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    advice = [line for line in stage["warnings"] if line.startswith("  ") and " GiB with " in line]
+    assert advice
+    for line in advice:
+        typed = [word.rstrip(":") for word in line.replace("--gpus ", "--gpus=").split()]
+        typed = [word for word in typed if word.startswith(("--gpus", "trainer."))]
+        assert typed, line
+        more = typed if any(word.startswith("--gpus") for word in typed) else [f"--gpus={gpus}", *typed]
+        assert main([*asked, *more, "--json"]) == 0, line
+        found = json.loads(capsys.readouterr().out)["stages"][0]["memory"]
+        promised = float(line.split(" GiB with ")[0].split()[-1])
+        worst = found["moments"][found["worst"]]["total"] / GIB
+        assert worst == pytest.approx(promised, abs=0.06), line
+
+
+def test_a_base_out_of_reach_is_asked_for_in_words_to_type(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = ["plan", "-c", "nbdiff", "--gpus", "8", "--gpu-memory", "80", "model.arch=null"]
+    assert main([*asked, "model.base=meta-llama/Llama-3.1-8B-Instruct"]) == 2
+    told = capsys.readouterr().err
+    assert "'model.arch={model_type: llama, hidden_size: 4096," in told
+    shape = told.split("'model.arch=")[1].split("'")[0]
+    assert main([*asked[:-1], f"model.arch={shape}", "model.base=meta-llama/Llama-3.1-8B-Instruct"]) == 0
+    assert "8,030,261,248 parameters" in capsys.readouterr().out
+    assert main([*asked, "model.base=nobody/nothing"]) == 2
+    assert "num_hidden_layers: N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["0", "-3", "nan", "inf"])
+def test_a_gpu_without_memory_is_refused_by_that_name(memory, capsys):
+    assert main(["plan", "-c", "dap", "--gpus", "8", "--gpu-memory", memory]) == 2
+    assert "--gpu-memory" in capsys.readouterr().err
+
+
+def test_the_optimizer_takes_the_time_of_reading_what_it_keeps():
+    plan = large()
+    moved = (2 * 4 + 2 * 8 + 3 * 4) * plan.student.parameters() / 64  # weights, moments; gradients
+    assert plan.optimizer_seconds == pytest.approx(moved / plan.cluster.kind.memory, rel=1e-3)
+    assert plan.tokens_per_second * plan.step_seconds == pytest.approx(plan.tokens_a_step)
+    assert large(trainer={"mesh": {"offload": True}}).optimizer_seconds == 0

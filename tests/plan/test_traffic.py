@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from adapt.plan.fake import Seen, fake_ranks, observe
-from tests.plan.stages import planned, recipe_of
+from adapt.plan import arithmetic
+from adapt.plan.fake import Seen, built, fake_ranks, observe, one_kernel
+from tests.plan.stages import MORE, planned, recipe_of
 
 LORA = {"lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}}
 TRANSFER = {"conversions": [{"name": "lawcat", "layers": [0, 2]}], "objective": "attention_transfer"}
+ALIGNED = {
+    "conversions": [{"name": "lawcat", "layers": [0, 2]}],
+    "trainable": {"include": ["*.layers.*"]},
+    "teacher": {"base": "self"},
+}
 CASES = {
     "next_token": {},
     "tied": {"arch": {"tie_word_embeddings": True}},
@@ -28,6 +37,8 @@ CASES = {
             "max_position_embeddings": 512, "tie_word_embeddings": True}},
     },
     "layers that learn by themselves": TRANSFER | {"trainable": {"include": ["*.recurrence.*"]}},
+    "mixers that learn from a teacher's": ALIGNED | {"objective": "layer_alignment"},
+    "blocks that learn from a teacher's": ALIGNED | {"objective": {"name": "layer_alignment", "mixer": 0.0, "block": 1.0}},
     "preferences": {"objective": "dpo", "trainer": {"microbatch": 2}},
     "preferences, taught": {"objective": {"name": "dpo", "reference": "teacher"}, "teacher": {"base": "self"}},
     "selective": {"trainer": {"activation_checkpointing": "selective"}},
@@ -70,6 +81,30 @@ def test_products_with_weights_are_those_of_the_formula(policy, family):
     attention *= 4 if policy is True else 3
     logits = 3 * 2 * dims.V * dims.D * plan.work.seq_len  # those of linear_cross_entropy, an operation of its own
     assert plan.arithmetic.total - attention - logits == found.flops
+
+
+@pytest.mark.parametrize("policy", [False, True, "selective"])
+@pytest.mark.parametrize("objective", ["next_token", "block_diffusion"])
+def test_a_real_step_executes_the_operations_of_the_formula(objective, policy):
+    """FlopCounterMode over one row on one rank: chunked head in bfloat16, noisy and clean copy, recomputation. It counts no
+    attention of CPUs, and not the logits of the forward pass, which are formed in an operation of their own; it does count
+    those that the backward pass forms once more."""
+    case = MORE[objective] | {"conversions": [{"name": "mask_token", "id": 999}]} if objective != "next_token" else {}
+    recipe = recipe_of(**case, trainer={"activation_checkpointing": policy, "precision": "bf16"})
+    plan = planned(recipe, 1)
+    with fake_ranks(1) as world:
+        root, objective, prepared = built(recipe, plan.student.config, None, world, rows=1, compute=torch.bfloat16)
+        root.to_empty(device="cpu")
+        for parameter in root.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.02)
+        with one_kernel(prepared), FlopCounterMode(display=False) as counter:
+            found = root.train()(objective, prepared.inputs)
+            sum(prepared.terms[n].weight * found[n] for n in prepared.terms).backward()
+    scored = sum(len(prepared.inputs[f"{n}/target"]) for n in prepared.terms) if case else recipe.data.seq_len - 1
+    work = dataclasses.replace(plan.work, pairs=0.0, scored=scored / recipe.data.seq_len)
+    formula = arithmetic.of_row(plan.student, None, work, plan.setup).total
+    logits = 2 * plan.student.dims.V * plan.student.dims.D * scored
+    assert formula - logits == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "cosmos", "soap", "adamw8bit"])
