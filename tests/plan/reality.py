@@ -61,7 +61,11 @@ def measured(case: str, checkpointing: Any, place: Path) -> int:
     ranks = [
         subprocess.Popen([sys.executable, "-c", code], env=os.environ | common | {"RANK": str(i)}) for i in range(RANKS)
     ]
-    ended = [process.wait(timeout=300) for process in ranks]
+    try:
+        ended = [process.wait(timeout=600) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert ended == [0] * RANKS, f"ranks ended with {ended}"
     return json.loads(out.read_text())
 
