@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adapt.config import Recipe, Resolved
+from adapt.config.schema import Mesh
 from adapt.console import printable
 from adapt.distributed import checkpoint, healthy
+from adapt.distributed import world as worlds
 from adapt.distributed.world import World
 from adapt.errors import Problem, UserError
 from adapt.export.weights import Weights, Whole
@@ -55,34 +59,46 @@ def export(
 
 
 def export_run(run_dir: Path, to: Path, dtype: str | None = None) -> int:
-    """`adapt export RUN --to DIR`: the newest checkpoint of a run as a Hugging Face folder."""
-    from dataclasses import replace
+    """`adapt export RUN --to DIR`: the newest checkpoint of a run as a Hugging Face folder. Under torchrun or srun the
+    ranks share the model, whatever the run's own mesh was."""
+    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    world = worlds.start(1) if launched else World(0, 0, 1, 1, torch.device("cpu"))
+    try:
+        _export_run(world, Path(run_dir), Path(to), dtype)
+        world.wait()
+    finally:
+        worlds.stop()
+    return 0
 
+
+def _export_run(world: World, run_dir: Path, to: Path, dtype: str | None) -> None:
     from adapt.pretrained import load_tokenizer
+    from adapt.train.shards import Shards
 
-    folder = RunFolder.open(Path(run_dir))
+    folder = RunFolder.open(run_dir)
     resolved = folder.resolved()
-    saved = _newest(folder)
+    saved = _newest(folder, world.main)
     recipe = resolved.stages[-1]
+    recipe = replace(recipe, trainer=replace(recipe.trainer, mesh=Mesh()))
     if dtype is not None:
         recipe = replace(recipe, export=replace(recipe.export, dtype=dtype))
         resolved = Resolved((recipe,), resolved.names[-1:], resolved.plain)
     tokenizer = load_tokenizer(recipe)
-    world = World(0, 0, 1, 1, torch.device("cpu"))
     state = State.from_dict(checkpoint.read_state(saved))
     root = build_root(recipe, tokenizer, world, state.decided)
     facts = facts_of(recipe, root.student, tokenizer)
     checkpoint.load(saved, root, None, verify=False)
-    results = dict(state.results)
+    results, said = dict(state.results), []
     found = read_sweep(folder)
     if done := interpolate.redo(folder, recipe.export.interpolation, saved, found, root):
-        print(f"exporting {done}")
+        said.append(f"exporting {done}")
         if found.get("of") == saved.name:
             results |= {"interpolation": found, "after": interpolate.taken(found)}
-    weights = Whole(whole_student(recipe, root))
+    weights = Shards(root.eval(), recipe, world) if world.grouped else Whole(whole_student(recipe, root))
     fields = decoding_fields(recipe, recipe.objective.build(facts))
-    print(printable(str(export(folder, resolved, weights, tokenizer, results, fields, Path(to)))))
-    return 0
+    said.append(str(export(folder, resolved, weights, tokenizer, results, fields, to)))
+    if world.main:
+        print(printable("\n".join(said)))
 
 
 def reshard_run(run_dir: Path, to: Path, ranks: int, dtype: str | None) -> int:
@@ -103,11 +119,12 @@ def reshard_run(run_dir: Path, to: Path, ranks: int, dtype: str | None) -> int:
     return 0
 
 
-def _newest(folder: RunFolder) -> Path:
+def _newest(folder: RunFolder, main: bool = True) -> Path:
+    """The newest checkpoint that is whole. Collective."""
     saved, damaged = healthy.newest(folder.checkpoints)
     if not saved:
         raise UserError(f"{folder.path} has no checkpoint to export; finish the run with `adapt fit ... --resume`")
-    for path, wrong in damaged.items():
+    for path, wrong in damaged.items() if main else ():
         print(f"warning: checkpoint {path.name} is damaged ({wrong}); exporting {saved.name} instead")
     return saved
 

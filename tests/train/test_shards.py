@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -23,6 +25,7 @@ from adapt.train.build import build_root, whole_student
 from tests import tiny
 from tests.ranks import on_ranks
 from tests.recipes import tiny_recipe
+from tests.train.test_fit import ROOT, launch
 from tests.train.test_sharded_start import grown, large_recipe
 
 LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
@@ -109,6 +112,24 @@ def test_two_ranks_export_what_one_does(case, tmp_path):
     a, b = (loader.from_pretrained(folder, dtype="auto").eval() for folder in (one, two))
     with torch.no_grad():
         assert torch.equal(a(ids).logits, b(ids).logits)
+
+
+def test_ranks_of_torchrun_export_a_run_of_one_process(tiny_base, tmp_path):
+    """`adapt export` of a run without its export: on two ranks what it is on one."""
+    recipe = tiny_recipe(tiny_base, tmp_path, trainer={"steps": 2, "batch_tokens": 256, "microbatch": 2})
+    recipe |= {"evaluation": {}, "generation": {}}
+    assert launch(recipe, tmp_path).returncode == 0
+    run = tmp_path / "runs" / "tiny"
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    verb = ["-m", "adapt", "export", str(run), "--to", str(tmp_path / "again")]
+    done = subprocess.run(
+        [*ranks, *verb], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "again")]
+    ours, theirs = tensors(tmp_path / "again"), tensors(run / "export")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def full_on_one_rank(recipe: dict, out) -> None:
