@@ -291,12 +291,12 @@ def adapt_fit(layers: int, steps: int, *, checkpointing: bool) -> dict[str, floa
     class Measured(Exception):
         pass
 
-    def after(self, stage) -> None:
+    def after(self, stage, **how) -> None:
         times.append(time.process_time())
         peaks.append(peak())
         if len(times) == steps + 1:
             raise Measured
-        after_step(self, stage)
+        after_step(self, stage, **how)
 
     hooks.Hooks.after_step = after
     before = resident()
