@@ -149,14 +149,23 @@ class Cluster:
         except (OSError, ValueError):
             return None
 
-    def lose(self, node: str, spare: Collection[int] = ()) -> None:
-        """As when its power goes: the daemon, and every process of jobs on it, killed at once. `spare`: processes that
+    def lose(self, *nodes: str, spare: Collection[int] = ()) -> None:
+        """As when their power goes: the daemons, and every process of jobs on them, killed at once. `spare`: processes that
         live on, as they do where the network goes."""
-        tasks = self.processes(node)
-        gone = {self.pid(node), *tasks, *filter(None, map(_step_of, tasks))} - set(spare)
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # none may tell of the others' end
-            for pid in gone:
-                _send(pid, number)
+        frozen: set[int] = set()  # none may tell of the others' end, on whatever node
+        while new := self._all_of(nodes) - frozen - set(spare):
+            for pid in new:
+                _send(pid, signal.SIGSTOP)
+            self.until(lambda new=new: all(map(_stands, new)))
+            frozen |= new
+        # Children first: when a parent goes, the kernel wakes the stopped processes it leaves behind (SIGHUP, SIGCONT), and
+        # an srun that wakes has its step cancelled.
+        for pid in sorted(frozen, key=_depth, reverse=True):
+            _send(pid, signal.SIGKILL)
+
+    def _all_of(self, nodes: Collection[str]) -> set[int]:
+        tasks = [pid for node in nodes for pid in self.processes(node)]
+        return {pid for pid in (*map(self.pid, nodes), *tasks, *map(_step_of, tasks)) if pid is not None}
 
     def processes(self, node: str) -> list[int]:
         """Of jobs' tasks on that node."""
@@ -222,6 +231,23 @@ def _lives(pid: int) -> bool:
     import psutil
 
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _stands(pid: int) -> bool:
+    """Whether none of its threads runs: those that did not take the signal themselves stop a moment later."""
+    try:
+        states = [file.read_text().rpartition(")")[2].split()[0] for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # a thread has ended meanwhile
+        return not _lives(pid)
+    return set(states) <= set("TtZX")
+
+
+def _depth(pid: int) -> int:
+    import psutil
+
+    with suppress(psutil.Error):
+        return len(psutil.Process(pid).parents())
+    return 0
 
 
 def _send(pid: int, number: int) -> None:

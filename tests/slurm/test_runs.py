@@ -27,9 +27,14 @@ PATIENCE = 600
 """Seconds: a start takes ten on a machine at leisure, and minutes on one with much else to do."""
 COMMAND = """\
 #!{python}
-# `adapt` of this tree. Rank 1 waits in the step that HOLD says, once in the life of the run, until it is asked to stop.
+# `adapt` of this tree. Rank 1 waits in the step that HOLD says, once in the life of the run, until it is asked to stop or
+# a file `go` is there.
 import os, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))  # `adapt` takes signals before it imports what this does
+# The job's log is written by srun: a rank that outlives it would end at its next word, and with an error of its own.
+if os.environ.get("OWN_LOG") and os.environ["SLURM_STEP_ID"] == "0":
+    log = os.open("log-" + os.environ["SLURM_PROCID"], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(log, 1), os.dup2(log, 2)
 sys.path.insert(0, {root!r})
 from adapt.train import module
 gradients, hold = module.gradients, int(os.environ.get("HOLD", "0"))
@@ -37,7 +42,7 @@ def held(*args, **kwargs):
     if kwargs["step"] == hold - 1 and os.environ["RANK"] == "1" and not os.path.exists("held"):
         open("held", "w").close()
         flag = signal.getsignal(signal.SIGUSR1).__self__
-        while not flag.reason:
+        while not flag.reason and not os.path.exists("go"):
             time.sleep(0.1)
     return gradients(*args, **kwargs)
 module.gradients = held
@@ -111,7 +116,7 @@ class Run:
         return end
 
     def log(self) -> str:
-        return (self.folder / "log").read_text() if (self.folder / "log").exists() else "no log"
+        return "".join(f"--- {file.name}\n{file.read_text()}" for file in sorted(self.folder.glob("log*")))
 
 
 def test_submitted_asked_to_stop_queued_again_gone_on_with_and_the_same(run):
@@ -180,3 +185,46 @@ def test_a_node_that_dies_without_a_word(run):
     assert "rank 1 (host" in run.log()
     assert "died in step 3" in run.log()
     assert len(history(run.path)) == 2
+
+
+@pytest.mark.slow
+def test_what_is_left_of_an_attempt_writes_nothing_into_the_next_ones_folder(run):
+    """The network goes: SLURM gives up both nodes, and their ranks live on. They are held up in a step, and go on with it
+    when the run has been taken over."""
+    run.submit(hold=3, OWN_LOG="yes")
+    run.holds()
+    orphans = {node: _ranks(run, node) for node in run.cluster.nodes}
+    assert [len(pids) for pids in orphans.values()] == [1, 1]
+    run.cluster.lose(*orphans, spare=[pid for pids in orphans.values() for pid in pids])
+    run.given_up()
+    # It would start while SLURM still sends the new daemons its order to end the first start, and be ended by that.
+    run.cluster.run("scontrol", "hold", run.job)
+    for node in run.cluster.nodes:
+        run.cluster.start_node(node)
+    run.cluster.until(run.cluster.idle, PATIENCE)
+    time.sleep(15)
+    run.cluster.run("scontrol", "release", run.job)
+    run.cluster.until(lambda: len(history(run.path)) == 2, PATIENCE, run.log)
+    assert all(set(pids) <= set(_ranks(run, node)) for node, pids in orphans.items()), run.log()
+    (run.folder / "go").touch()
+    assert run.completes()["Restarts"] == "1"
+    run.cluster.until(lambda: not any(_ranks(run, node) for node in run.cluster.nodes), PATIENCE, run.log)
+    first, second = history(run.path)
+    assert f"{run.path} was taken over by" in first["reason"]
+    assert (first["code"], second["code"], second["from_step"]) == (1, 0, 0)
+    assert (run.path / "log.txt").read_text().count(" step 3 | ") == 1
+
+
+def _ranks(run: Run, node: str) -> list[int]:
+    """Processes of the run itself on a node."""
+    import psutil
+
+    found = []
+    for pid in run.cluster.processes(node):
+        try:
+            command = psutil.Process(pid).cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if command[1:2] == [str(run.straight.command)]:
+            found.append(pid)
+    return found
