@@ -55,6 +55,7 @@ def add_lora(model, lora: Lora, seed: int = 0):
     """Put adapters into every linear module whose name ends in one of `lora.targets`, and freeze everything else. They
     start as `start_of` says; on the meta device they stay empty."""
     from peft import LoraConfig, inject_adapter_in_model
+    from torch import nn
 
     if problems := lora_problems(model, lora):
         raise UserError(problems)
@@ -66,7 +67,8 @@ def add_lora(model, lora: Lora, seed: int = 0):
         bias="none",
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(config, model, ADAPTER)
+    # Inside another module: where PEFT sees a DeepseekV3 it takes `down_proj` for an expert's, and leaves it out.
+    inject_adapter_in_model(config, nn.ModuleDict({"model": model}), ADAPTER)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name and not parameter.is_meta:

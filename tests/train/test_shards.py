@@ -21,7 +21,7 @@ from adapt.export.code import own_class
 from adapt.export.folder import export_folder
 from adapt.export.weights import Whole
 from adapt.train import shards
-from adapt.train.build import build_root, whole_student
+from adapt.train.build import build_root, build_student, whole_student
 from tests import tiny
 from tests.ranks import on_ranks
 from tests.recipes import tiny_recipe
@@ -194,3 +194,27 @@ def test_no_rank_holds_the_whole_model(tmp_path):
     recipe = large_recipe(tmp_path)
     recipe["export"] = {"dtype": "bfloat16"}
     on_ranks(2, tmp_path, grows_little, recipe, tmp_path / "two")
+
+
+ADAPTERS = LORA | {"targets": ["up_proj", "down_proj"]}
+CONVERSIONS = (
+    [{"name": "mask_token", "token": "<|new|>"}],
+    [{"name": "lawcat", "layers": [0]}, {"name": "mamba2", "layers": [1]}],
+    [LATENT | {"layers": [1]}],
+    [{"name": "xecomla", "kv_budget": 0.4, "q_rank": 16}],
+    [{"name": "xecomla", "kv_rank": 8, "rope": "last"}],
+    [LATENT | {"layers": [0]}, {"name": "mamba2", "layers": [1]}],
+)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("conversions", CONVERSIONS)
+def test_the_config_of_every_student_says_what_it_is_made_of(conversions, lora, tmp_path):
+    """Or a run would train and have no export."""
+    recipe = recipe_of(tmp_path, {"conversions": conversions} | ({"lora": ADAPTERS} if lora else {}))
+    wanted = resolve(recipe).recipe
+    student = build_student(wanted, planned_tokenizer(wanted))
+    assert sum("lora_A" in n for n, _ in student.named_parameters()) == 4 * lora
+    skeleton = shards._skeleton(student, wanted)
+    assert not any(isinstance(p, torch.Tensor) and not p.is_meta for p in skeleton.parameters())
+    assert {n for n, _ in skeleton.named_parameters()} == {n for n, _ in student.named_parameters()}
