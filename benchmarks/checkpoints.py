@@ -65,9 +65,10 @@ def stall(folder: Path, layers: int, rounds: int) -> None:
     optimizer.zero_grad()
     waited: dict[bool, list[float]] = {True: [], False: []}
     written, step = [], 0
-    with Saver(World(0, 0, 1, 1, torch.device("cpu"))) as saver:
+    alone = World(0, 0, 1, 1, torch.device("cpu"))
+    with Saver(alone) as waiting, Saver(alone) as going_on:  # the first lets go of the copy's memory
         for _ in range(rounds + 1):
-            for wait in (True, False):
+            for wait, saver in ((True, waiting), (False, going_on)):
                 started, step = time.perf_counter(), step + 1
                 saver.save(folder, step, root, optimizer, {}, wait=wait)
                 waited[wait].append(time.perf_counter() - started)

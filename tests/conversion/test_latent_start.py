@@ -343,7 +343,9 @@ def test_decoding_keeps_the_published_share_of_bytes(teacher, kv_rank, rope_dim,
     ids = torch.zeros(1, 4, dtype=torch.long)
     held, absorbed = cache_bytes(stock, ids), cache_bytes(absorb(stock), ids)
     assert held == absorbed == (2 * 2 * (kv_rank + rope_dim), 0)
-    assert 100 * held[0] / cache_bytes(whole, ids)[0] == pytest.approx(percent, rel=0.01, abs=0.05)
+    assert 100 * held["cache_bytes_per_token"] / cache_bytes(whole, ids)["cache_bytes_per_token"] == pytest.approx(
+        percent, rel=0.01, abs=0.05
+    )
 
 
 def test_layers_that_stay_count_whole():
