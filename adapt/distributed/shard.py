@@ -34,8 +34,8 @@ def make_mesh(world: World, mesh: Mesh) -> DeviceMesh:
 def shard(
     root: nn.Module, models: list[nn.Module], mesh: DeviceMesh, compute: torch.dtype | None, offload: bool = False
 ) -> None:
-    """Shard in place. Master weights keep their dtype, matmuls run in `compute` (null: as they are), gradients are reduced in fp32. `offload`:
-    the shards and their gradients are on the CPU."""
+    """Shard in place. Master weights keep their dtype, matmuls run in `compute` (null: as they are), gradients are reduced
+    in fp32. `offload`: the shards and their gradients are on the CPU."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     pinned = torch.accelerator.is_available()
     where = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()

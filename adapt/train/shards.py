@@ -110,8 +110,8 @@ class Shards:
     def _tensors(self, parts: list[int]) -> Iterator[tuple[str, Tensor]]:
         """Parameters and saved buffers of some parts, in the same order on all ranks."""
         student = self.root.student
-        prefix, buffers = layer_prefix(student), dict(student.named_buffers())
-        saved = [(n, b) for n, b in buffers.items() if n in student.state_dict()]
+        prefix, kept = layer_prefix(student), student.state_dict().keys()
+        saved = [(n, b) for n, b in student.named_buffers() if n in kept]
         for name, tensor in [*student.named_parameters(), *saved]:
             if _part(name, prefix) in parts:
                 yield name, tensor.detach()
@@ -197,8 +197,9 @@ def _write_rest(folder: Path, stock: Any, files: dict[str, list[int]]) -> None:
 
 
 def _put(model: Any, name: str, value: Tensor) -> None:
-    if name in dict(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, value)
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        setattr(module, leaf, value)
     else:
         put(model, name, value)

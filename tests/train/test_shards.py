@@ -23,6 +23,7 @@ from adapt.export.weights import Whole
 from adapt.train import shards
 from adapt.train.build import build_root, build_student, whole_student
 from tests import tiny
+from tests.plan.reality import GIVEN_BACK
 from tests.ranks import on_ranks
 from tests.recipes import tiny_recipe
 from tests.train.test_fit import ROOT, launch
@@ -191,8 +192,8 @@ def grows_little(recipe: dict, out) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_rank_holds_the_whole_model(tmp_path, monkeypatch):
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # glibc would keep what is freed
-        monkeypatch.setenv(name, "65536")
+    for name, value in GIVEN_BACK.items():  # glibc would keep what is freed
+        monkeypatch.setenv(name, value)
     recipe = large_recipe(tmp_path)
     recipe["export"] = {"dtype": "bfloat16"}
     on_ranks(2, tmp_path, grows_little, recipe, tmp_path / "two")
