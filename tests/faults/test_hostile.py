@@ -26,12 +26,11 @@ from adapt.console import CONTROL
 from adapt.data.wheel_files import WheelFiles
 from adapt.distributed import checkpoint
 from adapt.distributed.checksums import SUMS
-from adapt.errors import StopRequested, UserError
+from adapt.errors import UserError
 from adapt.runfolder import RunFolder
 from adapt.train.fit import fit
 from adapt.wheels import Wheel
 from tests.recipes import corpus, tiny_recipe
-from tests.train.test_fit import stop_after
 
 TITLE, ESCAPE, TURN = "\x1b]0;pwned\x07", "\x1b[31m", "\u202e"
 """They would rename the terminal, colour what comes after them, and show text backwards."""
@@ -45,16 +44,6 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.mark),)
-
-
-@pytest.fixture
-def stopped(tiny_base, tmp_path, monkeypatch):
-    """A run that has a checkpoint and is to be gone on with."""
-    recipe = tiny_recipe(tiny_base, tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(StopRequested):
-        stop_after(patched, 2)
-        fit(resolve(recipe))
-    return recipe
 
 
 def texts_of(run: Path) -> dict[str, str]:

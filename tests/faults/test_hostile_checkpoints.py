@@ -21,26 +21,20 @@ from adapt.distributed import checkpoint
 from adapt.distributed.checksums import SUMS
 from adapt.distributed.index import ALLOWED, Reader
 from adapt.distributed.reshard import reshard
-from adapt.errors import StopRequested, UserError
+from adapt.errors import UserError
 from adapt.train.fit import fit
 from adapt.train.state import State
 from tests.faults.test_hostile import Payload
-from tests.recipes import tiny_recipe
-from tests.train.test_fit import stop_after
 
 META, FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 
 
 @pytest.fixture
-def stopped(tiny_base, tmp_path, monkeypatch):
-    """The recipe of a run that stopped at step 2, and its checkpoint, without sums."""
-    recipe = tiny_recipe(tiny_base, tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(StopRequested):
-        stop_after(patched, 2)
-        fit(resolve(recipe))
+def stopped(stopped, tmp_path):
+    """Its recipe, and its checkpoint without sums."""
     (saved,) = checkpoint.checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")
     (saved / SUMS).unlink()
-    return recipe, saved
+    return stopped, saved
 
 
 def text(word: str) -> bytes:
